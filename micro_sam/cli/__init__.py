@@ -1,0 +1,1 @@
+"""Console scripts: argument parsing only; heavy imports happen inside the functions."""

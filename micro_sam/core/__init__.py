@@ -1,0 +1,1 @@
+"""Errors, progress, settings, tiling, image input, masks and labels. Loads no torch at import."""

@@ -1,0 +1,85 @@
+"""Cache directory and compute device. The environment is read at each call, never at import."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+APP_NAME = "micro_sam"
+
+
+def _os_cache_directory() -> Path:
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        return Path(base) / APP_NAME / APP_NAME / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / APP_NAME
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / APP_NAME
+
+
+def get_cache_directory() -> Path:
+    """Return the directory for models, sample data and automatic embedding caches (not created here).
+
+    It is `$MICROSAM_CACHEDIR` (with `~` expanded; empty counts as unset) or the cache folder of the system.
+    """
+    custom = os.environ.get("MICROSAM_CACHEDIR")
+    return Path(custom).expanduser() if custom else _os_cache_directory()
+
+
+def _is_available(device_type: str) -> bool:
+    import torch
+    if device_type == "cuda":
+        return torch.cuda.is_available()
+    if device_type == "mps":
+        return torch.backends.mps.is_available() and torch.backends.mps.is_built()
+    return device_type == "cpu"
+
+
+def available_devices() -> list[str]:
+    """Return those of `cuda`, `mps` and `cpu` that can be used on this machine."""
+    return [name for name in ("cuda", "mps", "cpu") if _is_available(name)]
+
+
+def get_device(device: "str | torch.device | None" = None) -> "str | torch.device":
+    """Choose or check the compute device.
+
+    Args:
+        device: A name such as `cpu`, `cuda`, `cuda:1` or `mps` (any case) or a torch device.
+            None or `auto` chooses cuda, else mps, else cpu (cpu if `GITHUB_ACTIONS` is `true`).
+
+    Returns:
+        The device as it was given (names in lower case), or the chosen name.
+
+    Raises:
+        DeviceError: If the device is unknown or not available here.
+    """
+    if device is None or (isinstance(device, str) and device.lower() == "auto"):
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            return "cpu"
+        return available_devices()[0]
+
+    import torch
+    if isinstance(device, str):
+        device = device.lower()
+    known = "Use 'cpu', 'cuda', 'cuda:<index>', 'mps' or 'auto'."
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"Unknown device {device!r}. {known}") from error
+    if parsed.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"The device type {parsed.type!r} is not supported. {known}")
+    if not _is_available(parsed.type):
+        raise DeviceError(
+            f"The device {device!r} is not available here; available: {', '.join(available_devices())}. "
+            "Pass one of these or device='auto', or install a torch build for your accelerator."
+        )
+    if parsed.type == "cuda" and parsed.index is not None and parsed.index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"There is no CUDA device {parsed.index}: {torch.cuda.device_count()} found. Pass an index below that."
+        )
+    return device

@@ -1,0 +1,1 @@
+"""The automatic segmenters: AMG, AIS and APG, plain and tiled."""
