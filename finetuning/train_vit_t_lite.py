@@ -1,0 +1,286 @@
+"""Train `vit_t_lite`, the automatic segmentation model that ships with micro_sam, on CPU or GPU.
+
+A ViT-T encoder with a slim UNETR decoder (torch-em) learns foreground, centre distance and boundary distance
+(Archit et al. 2025, 10.1038/s41592-024-02580-4) from random initialisation on crops of 256 x 256 pixels. TinyViT has
+no absolute position embedding, so a model trained on small crops runs at any image size.
+
+    python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train --minutes 90
+
+DATA holds `images/*.png` and `labels/*` with the same file names. The run is bounded by wall time: the learning rate
+follows a cosine of the elapsed share. Interrupted runs continue with --resume; the elapsed time is kept.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import tifffile
+import torch
+import torch.nn.functional as F
+from torch_em.loss import DiceBasedDistanceLoss
+from torch_em.model import UNETR
+from torch_em.trainer import DefaultTrainer
+from torch_em.transform.label import PerObjectDistanceTransform
+
+from micro_sam.models.tiny_vit import TinyViT
+
+MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
+STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+CROP = 256
+# Factor from pixels of the image to pixels that the encoder sees at inference, per modality (first part of the
+# file name): images up to 512 pixels fill the canvas of 512, larger ones are tiled or use a canvas of 1024.
+NOMINAL_ZOOM = {"fluo_256": 2.0, "fluo_360": 1.42, "purple_256x320": 1.6, "fluo_large": 1.1, "graytissue_1024": 1.0}
+ZOOM_RANGE = {"fluo_large": (0.65, 1.45), "graytissue_1024": (0.7, 1.6)}
+DEFAULT_ZOOM_RANGE = (0.65, 1.35)
+
+
+def build_model(features: int) -> UNETR:
+    """The network: encoder and decoder as `micro_sam.models.decoder` builds them for inference."""
+    return UNETR(
+        backbone="sam", encoder=TinyViT(img_size=CROP), out_channels=3, final_activation="Sigmoid",
+        use_skip_connection=False, resize_input=False, initial_features=features,
+    )
+
+
+def read_pairs(folder: Path, cache: Path) -> list[dict]:
+    """Read all images and compute their targets once; each entry has uint8 image (H, W, 3) and float16 maps (3, H, W)."""
+    cache.mkdir(parents=True, exist_ok=True)
+    to_distances = PerObjectDistanceTransform(apply_label=True, min_size=5)
+    entries = []
+    for path in sorted((folder / "images").glob("*.png")):
+        modality = next(m for m in NOMINAL_ZOOM if path.name.startswith(m))
+        stored = cache / f"{path.stem}.npz"
+        if not stored.exists():
+            image = imageio.imread(path)[..., :3] if imageio.imread(path).ndim == 3 else imageio.imread(path)
+            (label_path,) = (folder / "labels").glob(f"{path.stem}.*")
+            labels = tifffile.imread(label_path) if label_path.suffix == ".tif" else imageio.imread(label_path)
+            maps = to_distances(labels.astype("int64"))
+            np.savez(stored, image=image, maps=np.asarray(maps, "float16"))
+        with np.load(stored) as data:
+            entries.append({"name": path.stem, "modality": modality, "image": data["image"], "maps": data["maps"]})
+    return entries
+
+
+def normalise(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    """Contrast stretch of the whole image to float32 0…255 (H, W, 3), as at inference; sometimes by percentiles."""
+    image = image.astype("float32")
+    if image.ndim == 2:
+        image = image[..., None]
+    if rng is not None and image.shape[2] == 3 and rng.random() < 0.3:
+        image = image @ rng.dirichlet(np.ones(3)).astype("float32")[:, None]
+    if rng is not None and rng.random() < 0.3:
+        low, high = np.percentile(image[::3, ::3], (rng.uniform(0, 2), rng.uniform(98, 100)), axis=(0, 1))
+    else:
+        low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    image = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1)
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+class Crops(torch.utils.data.Dataset):
+    """Random augmented crops; with `seed` the same crops each time, without photometric augmentation."""
+
+    def __init__(self, entries: list[dict], n_samples: int, seed: int | None = None):
+        self.n_samples, self.seed = n_samples, seed
+        self.groups = {}
+        for entry in entries:
+            self.groups.setdefault(entry["modality"], []).append(entry)
+        self.modalities = sorted(self.groups)
+        weights = np.sqrt([len(self.groups[m]) for m in self.modalities])
+        self.probabilities = weights / weights.sum()
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def __getitem__(self, index: int):
+        rng = np.random.default_rng(None if self.seed is None else (self.seed, index))
+        for _ in range(10):
+            image, maps = self._crop(rng)
+            if maps[0].sum() > 30 or rng.random() < 0.05:
+                break
+        return image, maps
+
+    def _crop(self, rng):
+        modality = self.modalities[rng.choice(len(self.modalities), p=self.probabilities)]
+        entry = self.groups[modality][rng.integers(len(self.groups[modality]))]
+        low, high = ZOOM_RANGE.get(modality, DEFAULT_ZOOM_RANGE)
+        zoom = NOMINAL_ZOOM[modality] * math.exp(rng.uniform(math.log(low), math.log(high)))
+        stretch = math.exp(rng.uniform(-0.12, 0.12))
+        size = [max(16, round(CROP / z)) for z in (zoom * stretch, zoom / stretch)]
+        start = [int(rng.integers(0, max(n - s, 0) + 1)) for n, s in zip(entry["maps"].shape[1:], size)]
+        window = tuple(slice(b, b + s) for b, s in zip(start, size))
+
+        photometric = self.seed is None
+        image = torch.from_numpy(normalise(entry["image"], rng if photometric else None)[window]).permute(2, 0, 1)
+        maps = torch.from_numpy(entry["maps"][(slice(None), *window)].astype("float32"))
+        # An image smaller than the window covers only a part of the crop; the rest is padding, as at inference.
+        inside = [min(CROP, round(CROP * n / s)) for n, s in zip(image.shape[1:], size)]
+        image = F.interpolate(image[None], inside, mode="bilinear", antialias=True)[0].clamp(0, 1)
+        maps = F.interpolate(maps[None], inside, mode="bilinear")[0]
+        if photometric:
+            image = self._photometric(image, rng)
+        image = (image * 255 - MEAN) / STD
+        maps = torch.stack([(maps[0] > 0.5).float(), maps[1], maps[2]])
+        padding = (0, CROP - inside[1], 0, CROP - inside[0])
+        image = F.pad(image, padding)
+        maps = torch.cat([F.pad(maps[:1], padding), F.pad(maps[1:], padding, value=1.0)])
+        turns, flip = int(rng.integers(4)), rng.random() < 0.5
+        image, maps = (torch.rot90(a, turns, (1, 2)) for a in (image, maps))
+        return (image.flip(2), maps.flip(2)) if flip else (image, maps)
+
+    @staticmethod
+    def _photometric(image, rng):
+        if rng.random() < 0.5:
+            image = image ** float(math.exp(rng.uniform(-0.7, 0.7)))
+        if rng.random() < 0.3:
+            image = (image * rng.uniform(0.5, 1.1) + rng.uniform(-0.1, 0.2)).clamp(0, 1)
+        if rng.random() < 0.25:
+            kernel = int(rng.integers(1, 3)) * 2 + 1
+            image = F.avg_pool2d(image[None], kernel, 1, kernel // 2, count_include_pad=False)[0]
+        if rng.random() < 0.4:
+            noise = torch.from_numpy(rng.standard_normal(image.shape[1:], dtype="float32"))
+            image = (image + noise * float(rng.uniform(0.005, 0.06))).clamp(0, 1)
+        if rng.random() < 0.15:
+            image = 1 - image
+        return image
+
+
+class WallTimeCosine:
+    """Learning rate by the share of the time budget that is used: short warm-up, then cosine to zero."""
+
+    def __init__(self, optimizer, seconds: float, warmup: float = 0.02):
+        self.optimizer, self.seconds, self.warmup, self.used = optimizer, seconds, warmup, 0.0
+        self.base = [group["lr"] for group in optimizer.param_groups]
+        self.last = time.monotonic()
+        optimizer.register_step_pre_hook(lambda *_: self._update())
+
+    def _update(self) -> None:
+        now = time.monotonic()
+        # A gap this long is a suspended process, not work.
+        self.used += min(now - self.last, 30.0)
+        self.last = now
+        share = min(self.used / self.seconds, 1.0)
+        factor = min(share / self.warmup, 0.5 * (1 + math.cos(math.pi * share)))
+        for group, base in zip(self.optimizer.param_groups, self.base):
+            group["lr"] = base * max(factor, 1e-3)
+
+    def step(self, metric: float) -> None:
+        """Called by the trainer after each epoch; the schedule itself follows time."""
+        print(f"  used {self.used / 60:.1f} min, metric {metric:.4f}", flush=True)
+
+    def state_dict(self) -> dict:
+        return {"used": self.used}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.used, self.last = state["used"], time.monotonic()
+
+
+class Average:
+    """Exponential moving average of the weights, swapped in for validation and export."""
+
+    def __init__(self, model: torch.nn.Module, decay: float = 0.998):
+        self.model, self.decay, self.steps = model, decay, 0
+        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 10))
+        for name, value in self.model.state_dict().items():
+            if value.dtype.is_floating_point:
+                self.state[name].lerp_(value, 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+
+class LiteTrainer(DefaultTrainer):
+    """torch-em's trainer with gradient clipping, averaged weights and an end by wall time."""
+
+    average: Average
+
+    def _backprop_mixed(self, loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update()
+
+    _backprop = _backprop_mixed
+
+    def _train_epoch_impl(self, *args):
+        if self.lr_scheduler.used >= self.lr_scheduler.seconds:
+            raise TimeoutError
+        return super()._train_epoch_impl(*args)
+
+    def _validate_impl(self, *args):
+        raw = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.state)
+        metric = super()._validate_impl(*args)
+        self.model.load_state_dict(raw)
+        return metric
+
+    def save_checkpoint(self, name, *args, **kwargs):
+        kwargs["average_state"] = self.average.state
+        kwargs["average_steps"] = self.average.steps
+        super().save_checkpoint(name, *args, **kwargs)
+
+    def load_checkpoint(self, *args, **kwargs):
+        saved = super().load_checkpoint(*args, **kwargs)
+        self.average.state, self.average.steps = saved["average_state"], saved["average_steps"]
+        return saved
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints")
+    parser.add_argument("--name", default="vit_t_lite")
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    entries = read_pairs(args.data, args.output / "targets")
+    # Every tenth image of each modality is held out; checkpoints and thresholds are chosen on these.
+    seen, train, held_out = {}, [], []
+    for entry in entries:
+        seen[entry["modality"]] = seen.get(entry["modality"], 0) + 1
+        (held_out if seen[entry["modality"]] % 10 == 5 else train).append(entry)
+    (args.output / "held_out.txt").write_text("\n".join(e["name"] for e in held_out) + "\n")
+    print(f"{len(train)} images for training, {len(held_out)} held out", flush=True)
+
+    model = build_model(args.features).to(memory_format=torch.channels_last)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    no_decay = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr
+    )
+    loss = DiceBasedDistanceLoss(mask_distances_in_bg=True)
+    loaders = [
+        torch.utils.data.DataLoader(
+            Crops(part, n, seed), batch_size=args.batch_size, num_workers=args.workers,
+            persistent_workers=args.workers > 0,
+        )
+        for part, n, seed in ((train, args.epoch_length * args.batch_size, None), (held_out, 48, 1))
+    ]
+    trainer = LiteTrainer(
+        name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=loss, optimizer=optimizer,
+        metric=loss, device=args.device, lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None,
+        mixed_precision=True, mixed_precision_dtype="bfloat16", save_root=str(args.output),
+    )
+    trainer.average = Average(model)
+    try:
+        trainer.fit(epochs=100_000, load_from_checkpoint="latest" if args.resume else None)
+    except TimeoutError:
+        print(f"Time budget used: {trainer.iteration} iterations, {trainer.iteration * args.batch_size} crops.")
+
+
+if __name__ == "__main__":
+    main()
