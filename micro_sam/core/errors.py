@@ -79,6 +79,12 @@ class EmbeddingCacheError(MicroSamError, RuntimeError):
     """An embedding cache is damaged, not writable, or in use by another process."""
 
 
+class MissingTileError(InvalidInputError, KeyError):
+    """Embeddings of a tile were asked for that does not exist or was left out by a mask."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
 class UnsupportedError(MicroSamError, NotImplementedError):
     """The feature is not part of this installation or version."""
 
