@@ -76,6 +76,7 @@ def normalise(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
     else:
         low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
     image = np.clip((image - low) / np.maximum(high - low, 1e-6), 0, 1)
+    image = image.astype("float32")
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
@@ -98,7 +99,7 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng(None if self.seed is None else (self.seed, index))
         for _ in range(10):
             image, maps = self._crop(rng)
-            if maps[0].sum() > 30 or rng.random() < 0.05:
+            if maps[0].mean() > 0.02 or rng.random() < 0.1:
                 break
         return image, maps
 
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
 
@@ -273,7 +275,7 @@ def main() -> None:
     trainer = LiteTrainer(
         name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=loss, optimizer=optimizer,
         metric=loss, device=args.device, lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None,
-        mixed_precision=True, mixed_precision_dtype="bfloat16", save_root=str(args.output),
+        mixed_precision=True, mixed_precision_dtype="bfloat16", save_root=str(args.output), compile_model=args.compile,
     )
     trainer.average = Average(model)
     try:
