@@ -46,7 +46,7 @@ def build_model(features: int) -> UNETR:
 
 
 def read_pairs(folder: Path, cache: Path) -> list[dict]:
-    """Read all images and compute their targets once; each entry has uint8 image (H, W, 3) and float16 maps (3, H, W)."""
+    """Read all images and compute their targets once: image (H, W[, 3]) uint8 and maps (3, H, W) float16."""
     cache.mkdir(parents=True, exist_ok=True)
     to_distances = PerObjectDistanceTransform(apply_label=True, min_size=5)
     entries = []
@@ -54,7 +54,7 @@ def read_pairs(folder: Path, cache: Path) -> list[dict]:
         modality = next(m for m in NOMINAL_ZOOM if path.name.startswith(m))
         stored = cache / f"{path.stem}.npz"
         if not stored.exists():
-            image = imageio.imread(path)[..., :3] if imageio.imread(path).ndim == 3 else imageio.imread(path)
+            image = imageio.imread(path)
             (label_path,) = (folder / "labels").glob(f"{path.stem}.*")
             labels = tifffile.imread(label_path) if label_path.suffix == ".tif" else imageio.imread(label_path)
             maps = to_distances(labels.astype("int64"))
