@@ -5,6 +5,8 @@ Models take (x, y): the functions that talk to a model convert with `core.tiling
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -227,3 +229,71 @@ def _along(line: np.ndarray, _labels: np.ndarray, max_points: int) -> np.ndarray
     n = min(max_points, max(int(lengths[-1]), 1))
     position = (np.arange(n) + 0.5) / n * lengths[-1]
     return np.stack([np.interp(position, lengths, line[:, axis]) for axis in range(2)], axis=1)
+
+
+@dataclass(frozen=True)
+class BatchedPrompts:
+    """Prompts for N objects in pixels of the original image, in the model's (x, y) order.
+
+    `boxes` float (N, 4) XYXY; `points` float (N, P, 2) XY with `labels` int (N, P), where -1 marks entries to
+    ignore; `logits` float (N, 1, h, w). Absent kinds are None.
+    """
+
+    boxes: np.ndarray | None
+    points: np.ndarray | None
+    labels: np.ndarray | None
+    logits: Any | None
+
+    @classmethod
+    def create(cls, boxes=None, points=None, point_labels=None, logits_masks=None) -> "BatchedPrompts":
+        """Check user values and build the prompts.
+
+        Raises:
+            InvalidInputError: If there are neither boxes nor points, points without labels or the reverse, or
+                lengths differ.
+        """
+        if (points is None) != (point_labels is None):
+            given, missing = ("points", "point_labels") if point_labels is None else ("point_labels", "points")
+            raise InvalidInputError(f"{given} were passed without {missing}. Pass both or none.")
+        if points is None and boxes is None:
+            raise InvalidInputError("There are no prompts: pass boxes, or points with point_labels, or both.")
+        if points is not None:
+            points = _batch("points", points, (-1, -1, 2))
+            point_labels = np.asarray(point_labels)
+            point_labels = point_labels.reshape(len(point_labels), -1) if point_labels.size else np.zeros((0, 1))
+            if point_labels.shape != points.shape[:2] or not np.isin(point_labels, (-1, 0, 1)).all():
+                raise InvalidInputError(
+                    f"For points of shape {points.shape}, point_labels must have the shape {points.shape[:2]} and "
+                    f"the values 1 (object), 0 (background) or -1 (ignore), but have {point_labels.shape}."
+                )
+            point_labels = point_labels.astype(int)
+        if boxes is not None:
+            boxes = _batch("boxes", boxes, (-1, 4))
+        counts = {
+            name: len(value) for name, value in
+            (("boxes", boxes), ("points", points), ("logits_masks", logits_masks)) if value is not None
+        }
+        if len(set(counts.values())) > 1:
+            raise InvalidInputError(f"All prompts must be for the same number of objects, but got {counts}.")
+        return cls(boxes, points, point_labels, logits_masks)
+
+    def __len__(self) -> int:
+        return len(self.boxes if self.points is None else self.points)
+
+    def select(self, index) -> "BatchedPrompts":
+        """The prompts of some objects: `index` is a slice or an index array."""
+        return BatchedPrompts(*(
+            None if value is None else value[index] for value in (self.boxes, self.points, self.labels, self.logits)
+        ))
+
+
+def _batch(name: str, value, shape: tuple[int, ...]) -> np.ndarray:
+    value = np.asarray(value, dtype=float)
+    if value.size == 0:
+        return np.zeros(tuple(max(s, i) for i, s in enumerate(shape)))
+    if value.ndim == len(shape) - 1 and len(shape) == 3:
+        value = value[:, None]  # one point per object
+    if value.ndim != len(shape) or value.shape[-1] != shape[-1] or not np.isfinite(value).all():
+        axes = ", ".join("NP"[i] if s < 0 else str(s) for i, s in enumerate(shape))
+        raise InvalidInputError(f"{name} must be finite and have the shape ({axes}), but have {value.shape}.")
+    return value
