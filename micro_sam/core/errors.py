@@ -85,6 +85,10 @@ class MissingTileError(InvalidInputError, KeyError):
     __str__ = Exception.__str__  # KeyError would show the message in quotes
 
 
+class PromptTileError(InvalidInputError, RuntimeError):
+    """The prompts of one object do not fit into one tile."""
+
+
 class UnsupportedError(MicroSamError, NotImplementedError):
     """The feature is not part of this installation or version."""
 
