@@ -18,7 +18,7 @@ _MARGIN = 1e-3
 
 
 @dataclass(frozen=True)
-class BoxedMask:
+class PredictedMask:
     """A mask cropped to its bounding box, on the host.
 
     `origin` (y, x) is the first pixel of `mask` (bool, (h, w)) in the image; an empty mask has the shape (0, 0).
@@ -66,7 +66,7 @@ class MaskUpsampler:
             self._reach.append((used.argmax(1), low_res - 1 - used[:, ::-1].argmax(1)))
             self._matrices.append(matrix.to(device))
 
-    def masks(self, logits: torch.Tensor, thresholds: torch.Tensor, offset: float = 1.0) -> list[BoxedMask]:
+    def masks(self, logits: torch.Tensor, thresholds: torch.Tensor, offset: float = 1.0) -> list[PredictedMask]:
         """Threshold upsampled logits.
 
         Args:
@@ -84,7 +84,7 @@ class MaskUpsampler:
             )
         ]
 
-    def _mask(self, logits, threshold: float, offset: float, window) -> BoxedMask:
+    def _mask(self, logits, threshold: float, offset: float, window) -> PredictedMask:
         pieces = []
         for (low, high), (first, last) in zip(window or (), self._reach):
             start = int(np.searchsorted(last, low, side="left"))
@@ -93,7 +93,7 @@ class MaskUpsampler:
                 break
             pieces.append((slice(start, stop), slice(int(first[start]), int(last[stop - 1]) + 1)))
         if len(pieces) < 2:
-            return BoxedMask((0, 0), np.zeros((0, 0), dtype=bool), 0, float("nan"))
+            return PredictedMask((0, 0), np.zeros((0, 0), dtype=bool), 0, float("nan"))
 
         (y, from_y), (x, from_x) = pieces
         rows, columns = self._matrices
@@ -104,10 +104,10 @@ class MaskUpsampler:
         mask = values > threshold
         in_rows, in_columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         if len(in_rows) == 0:
-            return BoxedMask((0, 0), np.zeros((0, 0), dtype=bool), 0, stability)
+            return PredictedMask((0, 0), np.zeros((0, 0), dtype=bool), 0, stability)
         top, left = int(in_rows[0]), int(in_columns[0])
         mask = mask[top:in_rows[-1] + 1, left:in_columns[-1] + 1].copy()
-        return BoxedMask((y.start + top, x.start + left), mask, int(np.count_nonzero(mask)), stability)
+        return PredictedMask((y.start + top, x.start + left), mask, int(np.count_nonzero(mask)), stability)
 
 
 def _resize_matrix(low_res: int, canvas: int, inner: int, outer: int) -> torch.Tensor:

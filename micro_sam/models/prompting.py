@@ -9,7 +9,7 @@ from segment_anything import SamPredictor
 from ..core.errors import InvalidInputError, NotInitializedError
 from ..core.prompts import BatchedPrompts
 from .mask_decoder import predict_low_res
-from .mask_upsampling import BoxedMask, MaskUpsampler
+from .mask_upsampling import MaskUpsampler, PredictedMask
 from .otsu import otsu_thresholds
 
 
@@ -18,7 +18,7 @@ class Prediction:
     """One predicted mask. `prompt` is the index of its prompt, `logits` are the low-resolution logits (1, h, w)."""
 
     prompt: int
-    mask: BoxedMask
+    mask: PredictedMask
     iou: float
     logits: torch.Tensor
 
