@@ -55,15 +55,15 @@ class _View:
         if self.tile is None:
             return local, labels
         inside = ((local >= 0) & (local <= self.local_shape)).all(axis=1)
-        if not inside.all():
-            warnings.warn(
-                f"{int((~inside).sum())} of {len(points)} points lie outside of tile {self.tile.id} with its halo and "
-                f"are left out: (y, x) = {points[~inside][:5].tolist()}.", stacklevel=4,
-            )
         if not (labels[inside] == 1).any() and (labels == 1).any():
             raise PromptTileError(
                 f"No positive point lies in tile {self.tile.id} with its halo. Place the points of one object closer "
                 "to each other, or compute the embeddings with larger tiles."
+            )
+        if not inside.all():
+            warnings.warn(
+                f"{int((~inside).sum())} of {len(points)} points lie outside of tile {self.tile.id} with its halo and "
+                f"are left out: (y, x) = {points[~inside][:5].tolist()}.", stacklevel=4,
             )
         return local[inside], labels[inside]
 
