@@ -8,7 +8,6 @@ import importlib
 from typing import Any
 
 from .core.progress import handle_pbar
-from .core.settings import available_devices as _available_devices
 from .core.settings import get_cache_directory, get_device
 
 _DEFAULT_MODEL = "vit_b_lm"
