@@ -82,7 +82,6 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
-        # Turned off only to reproduce embeddings that were computed without the biases.
         self.use_biases = True
         y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
         y, x = y.flatten(), x.flatten()
@@ -192,6 +191,15 @@ class TinyViT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
+
+    def use_attention_biases(self, use: bool = True) -> None:
+        """Switch the attention biases off, only to reproduce embeddings that were computed without them.
+
+        Versions 1 of micro_sam ran this encoder with all biases zero, whatever the checkpoint held.
+        """
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.use_biases = use
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Encode preprocessed images.
