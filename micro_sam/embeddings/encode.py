@@ -3,22 +3,35 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from segment_anything import SamPredictor
 
-from ..core.errors import InvalidInputError
+from ..core.errors import EmbeddingCacheError, EmbeddingMismatchError, InvalidInputError
 from ..core.normalize import to_image
 from ..core.progress import Step, Steps, drain
+from .cache import auto_cache_path, evict, touch
 from .features import ImageEmbeddings
-from .memory import MemorySink
+from .memory import MemorySink, feature_shape
+from .normalization import ItemReader, check_normalization
 from .plan import EmbeddingPlan, Item, make_plan
+from .signature import DataSignature, Signature, model_identity
+from .store import (
+    DTYPES,
+    StoreSink,
+    describe_layout,
+    is_complete,
+    load_embeddings,
+    open_cache,
+    remove_cache,
+    write_lock,
+)
 
 __all__ = [
-    "ImageEmbeddings", "compute_embeddings_batched", "embedding_steps", "precompute_image_embeddings",
-    "set_precomputed", "to_image",
+    "ImageEmbeddings", "compute_embeddings_batched", "embedding_steps", "load_embeddings",
+    "precompute_image_embeddings", "set_precomputed", "to_image",
 ]
 
 
@@ -60,7 +73,9 @@ def compute_embeddings_batched(
             raise InvalidInputError(
                 f"The encoder needs uint8 images (H, W, 3), but got {image.dtype} {image.shape}. Use to_image first."
             )
-    tensors, original_sizes, input_sizes = zip(*(_load(predictor, image) for image in batched_images))
+    tensors, original_sizes, input_sizes = zip(
+        *(_load(predictor, image) for image in batched_images), strict=True
+    )
     return _encode(predictor, tensors), list(original_sizes), list(input_sizes)
 
 
@@ -74,20 +89,112 @@ def embedding_steps(
     halo: Sequence[int] | None = None,
     batch_size: int = 1,
     mask: np.ndarray | None = None,
+    *,
+    normalization: str | tuple = "tile",
+    dtype: str | None = None,
+    zarr_format: int = 3,
+    overwrite: bool = False,
+    data_signature: str | None = None,
+    lock_timeout: float = 0.0,
 ) -> Steps[ImageEmbeddings]:
     """Generator behind `precompute_image_embeddings`: yields `Step`, returns the embeddings.
 
-    Closing it cancels the work.
+    Closing it cancels the work; what is on disk by then is kept and the next call goes on from there.
     """
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise InvalidInputError(f"batch_size must be a positive integer, but got {batch_size!r}.")
+    if dtype not in (None, *DTYPES):
+        raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
+    if zarr_format not in (2, 3):
+        raise InvalidInputError(f"zarr_format must be 2 or 3, but got {zarr_format!r}.")
     plan = make_plan(input_, ndim, tile_shape, halo, mask, predictor.transform.target_length)
-    sink = MemorySink(predictor, plan)
-    yield from _fill(predictor, plan, sink, lambda item: to_image(plan.read(input_, item)), batch_size)
-    embeddings = sink.finish()
+    normalization = check_normalization(normalization)
+    read = ItemReader(input_, plan, normalization)
+
+    if save_path is None:
+        sink = MemorySink(predictor, plan)
+        yield from _fill(predictor, plan, sink, read, batch_size)
+        embeddings = sink.finish()
+    else:
+        signature = Signature(
+            plan, model_identity(predictor), DataSignature(input_, data_signature), normalization,
+            feature_shape(predictor),
+        )
+        path, is_auto = _resolve(save_path, signature, dtype)
+        cached = _cached(path, signature, dtype, overwrite)
+        if cached:
+            yield from _report_done(plan)
+        else:
+            with write_lock(path, lock_timeout):
+                # Another process may have finished it before we got the lock.
+                cached = _cached(path, signature, dtype, overwrite)
+                if overwrite:
+                    remove_cache(path)
+                if cached:
+                    yield from _report_done(plan)
+                else:
+                    if is_auto:
+                        evict(keep=path, reserve=estimate_size(predictor, plan, dtype))
+                    sink = StoreSink(path, predictor, plan, signature, dtype, zarr_format)
+                    yield from _fill(predictor, plan, sink, read, batch_size)
+                    sink.finish()
+        embeddings = load_embeddings(path, lazy_loading)
+        if is_auto:
+            touch(path)
+            evict(keep=path)
     if plan.ndim == 2 and plan.tiling is None:
         set_precomputed(predictor, embeddings)
     return embeddings
+
+
+def _resolve(save_path: str | os.PathLike, signature: Signature, dtype: str | None) -> tuple[Path, bool]:
+    if save_path != "auto":
+        return Path(save_path).expanduser(), False
+    # The model's name and the version of the package do not matter.
+    attrs = signature.to_attributes()
+    key = {name: attrs[name] for name in attrs if name not in ("data_signature", "model_name", "micro_sam_version")}
+    return auto_cache_path({**key, "dtype": dtype or "float32"}), True
+
+
+def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool) -> bool:
+    """Whether there is a complete cache at `path` that fits; an incomplete one must fit as well."""
+    if overwrite:
+        return False
+    group = open_cache(path)
+    if group is None:
+        return False
+    attrs, complete = dict(group.attrs), is_complete(group)
+    if not complete and "complete" not in attrs:
+        if "features" in group:
+            raise EmbeddingCacheError(
+                f"The embeddings in {path} were left incomplete by an older version, which does not note for which "
+                "image and model. Compute them again with overwrite=True, delete the folder, or choose another path."
+            )
+        return False
+    signature.check(attrs, describe_layout(group, path), path)
+    found = attrs.get("dtype", "float32")
+    if dtype not in (None, found):
+        raise EmbeddingMismatchError(
+            f"Embeddings in {path} are stored as {found}, but dtype={dtype} was asked for. "
+            f"Leave out dtype, choose another path, or compute them again with overwrite=True."
+        )
+    return complete
+
+
+def _report_done(plan: EmbeddingPlan) -> Steps[None]:
+    total = len(plan.items)
+    yield Step(0, total, _text(plan))
+    if total:
+        yield Step(total, total, _text(plan))
+
+
+def estimate_size(predictor: SamPredictor, plan: EmbeddingPlan, dtype: str | None = None) -> int:
+    """Upper bound of the size on disk in bytes."""
+    return len(plan.items) * int(np.prod(feature_shape(predictor))) * np.dtype(dtype or "float32").itemsize
+
+
+def _text(plan: EmbeddingPlan) -> str:
+    return f"Compute image embeddings{' of tiles' if plan.tiling else ''}"
 
 
 def _fill(
@@ -96,7 +203,7 @@ def _fill(
     """Encode the items that the sink lacks. The next batch is read, and the last one written, meanwhile."""
     missing = [item for item in plan.items if not sink.is_done(item)]
     total, done = len(plan.items), len(plan.items) - len(missing)
-    text = f"Compute image embeddings{' for tiles' if plan.tiling else ''}"
+    text = _text(plan)
     yield Step(0, total, text)
     if done:
         yield Step(done, total, text)
@@ -140,11 +247,63 @@ def precompute_image_embeddings(
     mask: np.typing.ArrayLike | None = None,
     pbar_init: Callable[[int, str], None] | None = None,
     pbar_update: Callable[[int], None] | None = None,
-    **options: Any,
+    *,
+    normalization: str | tuple = "tile",
+    dtype: str | None = None,
+    zarr_format: int = 3,
+    overwrite: bool = False,
+    data_signature: str | None = None,
+    lock_timeout: float = 0.0,
 ) -> ImageEmbeddings:
-    """Compute the embeddings of an image, a stack or their tiles."""
+    """Compute the embeddings of an image, a stack (volume or time series) or their tiles; or load them.
+
+    With a path, everything finished is kept on disk: an interrupted run goes on where it stopped, and memory
+    does not grow with the number of planes or tiles. A lazy input is read item by item. The predictor is left
+    ready for prompts for a 2D image without tiles; otherwise what was set in it before stays set.
+
+    Args:
+        predictor: The predictor.
+        input_: Image (Y, X[, C]) or stack (Z, Y, X[, C]): numpy, dask, zarr, a memory map.
+        save_path: Folder of the zarr cache, written or, if complete, checked and read. `auto` chooses a path in
+            the cache directory by content, model and settings (see `embeddings.cache` for its size cap).
+        lazy_loading: With a path, for stacks without tiles: return features that are read from disk when used,
+            plane by plane, instead of an array with all of them. Tiles on disk are always read when used.
+        ndim: 2 or 3, channels not counted. None derives it from the shape; a last axis of 3 or 4 counts as
+            channels then, with a warning.
+        tile_shape: Tile shape (y, x) in pixels; None for no tiling.
+        halo: Overlap (y, x) in pixels by which tiles are enlarged on each side; None gives an eighth of the
+            tile shape. Unused without `tile_shape`.
+        verbose: Whether to show a progress bar.
+        batch_size: Number of planes or tiles per call of the encoder.
+        mask: Array of the spatial shape, for tiles: those whose outer block has no non-zero pixel are left out.
+        pbar_init: Callback `pbar_init(total, description)`, in place of the progress bar.
+        pbar_update: Callback `pbar_update(n)`.
+        normalization: How values become 0 to 255. `tile` stretches every plane or tile from its minimum to its
+            maximum, `plane` clips every plane, and `image` the whole input, at the percentiles 0.1 and 99.9, so
+            that neighbouring tiles agree; (lo, hi) is a fixed range, numbers or one per channel.
+        dtype: `float32` (the default for new caches) or `float16` for the features on disk. They are always
+            read as float32.
+        zarr_format: 3 or 2, for a new cache.
+        overwrite: Whether to delete what is in the cache and compute anew.
+        data_signature: Signature of the image, to save hashing it: from `signature.compute_data_signature`, or
+            any string that the caller uses for the same image each time.
+        lock_timeout: Seconds to wait for another process that writes the same cache.
+
+    Returns:
+        A dictionary with `features`, `input_size` and `original_size`. 2D: float32 array (1, 256, h, w); stack:
+        (Z, 1, 256, h, w); h = w = encoder size / 16. Tiles: a mapping from str(tile id) to such arrays, and both
+        sizes are None; else `original_size` is (Y, X) and `input_size` that of the resized plane.
+
+    Raises:
+        InvalidInputError: For arguments that do not fit the input or each other, NaN or infinite values.
+        EmbeddingMismatchError: If the cache belongs to other data, another model or other settings.
+        EmbeddingCacheError: If the cache is damaged or being written by another process.
+        OutputWriteError: If the cache cannot be written.
+    """
     steps = embedding_steps(
-        predictor, input_, save_path, lazy_loading, ndim, tile_shape, halo, batch_size, mask, **options
+        predictor, input_, save_path, lazy_loading, ndim, tile_shape, halo, batch_size, mask,
+        normalization=normalization, dtype=dtype, zarr_format=zarr_format, overwrite=overwrite,
+        data_signature=data_signature, lock_timeout=lock_timeout,
     )
     return drain(steps, verbose=verbose, pbar_init=pbar_init, pbar_update=pbar_update)
 

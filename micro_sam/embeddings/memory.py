@@ -15,18 +15,18 @@ def feature_shape(predictor) -> tuple[int, int, int]:
 class MemorySink:
     """Collects features in preallocated arrays."""
 
-    def __init__(self, predictor, plan: EmbeddingPlan, dtype: str = "float32"):
-        self._plan, self._dtype = plan, dtype
+    def __init__(self, predictor, plan: EmbeddingPlan):
+        self._plan = plan
         shape = (1, *feature_shape(predictor))
         self._shape = shape if plan.depth is None else (plan.depth, *shape)
         self._sizes = {t: encoder_sizes(predictor, plan, t) for t in (plan.tile_ids if plan.tiling else [None])}
-        self._arrays = {t: np.zeros(self._shape, dtype) for t in self._sizes}
+        self._arrays = {t: np.zeros(self._shape, np.float32) for t in self._sizes}
 
     def is_done(self, item: Item) -> bool:
         return False
 
     def write(self, items: list[Item], features: np.ndarray) -> None:
-        for item, values in zip(items, features):
+        for item, values in zip(items, features, strict=True):
             array = self._arrays[item.tile]
             array[0 if item.z is None else (item.z, 0)] = values
 
