@@ -168,7 +168,8 @@ class Signature:
         """Hash of the tiles that the mask selects (the features depend on nothing else of it)."""
         if self.plan.tiles_in_mask is None:
             return None
-        return f"{SCHEME}:{xxhash.xxh3_128_hexdigest(json.dumps(self.plan.tiles_in_mask, sort_keys=True))}"
+        tiles = json.dumps(self.plan.tiles_in_mask, sort_keys=True).encode()
+        return f"{SCHEME}:{xxhash.xxh3_128_hexdigest(tiles)}"
 
     def to_attributes(self) -> dict[str, Any]:
         """Root attributes of a new cache, in the order of the layout; the first seven are the older signature."""
