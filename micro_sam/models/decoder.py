@@ -149,20 +149,17 @@ class DecoderAdapter(nn.Module):
 
     @torch.no_grad()
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
-        z12 = x
-        skips = []
-        for module in (self.deconv1, self.deconv2, self.deconv3):
-            x = self._deconv(module, x)
-            skips.append(x)
-        z0 = self._deconv(self.deconv4, x)
-
-        x = self.base(z12)
-        for sampler, block, skip in zip(self.decoder.samplers, self.decoder.blocks, skips):
+        # Both paths advance together, so that no map is kept longer than the next level needs it.
+        skip, x = x, self.base(x)
+        levels = zip((self.deconv1, self.deconv2, self.deconv3), self.decoder.samplers, self.decoder.blocks)
+        for deconv, sampler, block in levels:
+            skip = self._deconv(deconv, skip)
             x = _upsample(sampler, x)
             # The skips have twice the channels; the network was defined, and trained, on their central half.
             start = (skip.shape[1] - x.shape[1]) // 2
             x = block(torch.cat([x, skip[:, start:start + x.shape[1]]], dim=1))
-        x = self.out_conv(self.decoder_head(torch.cat([_upsample(self.deconv_out, x), z0], dim=1)))
+        x = torch.cat([_upsample(self.deconv_out, x), self._deconv(self.deconv4, skip)], dim=1)
+        x = self.out_conv(self.decoder_head(x))
         return x if self.final_activation is None else self.final_activation(x)
 
     def postprocess_masks(
