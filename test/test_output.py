@@ -91,7 +91,7 @@ def test_failure_keeps_the_old_output(tmp_path, monkeypatch, name):
     replace = os.replace
 
     def no_space(*args, **kwargs):
-        if args[1] == path and "old" not in str(args[0]):  # the last step, when the new output is complete
+        if args[1] == path and args[0].name != "old":  # the last step, when the new output is complete
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(*args, **kwargs)
 
