@@ -1,9 +1,19 @@
 """A very small SAM and reference computations for the tests of embeddings; importable by their subprocesses."""
 
 import numpy as np
+import pytest
 import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For so small a model several threads mostly wait for each other. Active in the modules that import it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_predictor(size: int = 64, seed: int = 0) -> SamPredictor:

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 import torch
 import zarr
-from embedding_helpers import example, reference_features, small_predictor
+from embedding_helpers import example, one_thread, reference_features, small_predictor  # noqa: F401
 
 from micro_sam.core.errors import InvalidInputError, MissingTileError
 from micro_sam.embeddings.encode import (

@@ -21,6 +21,7 @@ from .signature import DataSignature, Signature, model_identity
 from .store import (
     DTYPES,
     StoreSink,
+    check_path,
     describe_layout,
     is_complete,
     load_embeddings,
@@ -159,6 +160,7 @@ def _resolve(save_path: str | os.PathLike, signature: Signature, dtype: str | No
 def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool) -> bool:
     """Whether there is a complete cache at `path` that fits; an incomplete one must fit as well."""
     if overwrite:
+        check_path(path)
         return False
     group = open_cache(path)
     if group is None:
@@ -215,7 +217,7 @@ def _fill(
     reader, writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     try:
         ahead = reader.submit(load, batches[0]) if batches else None
-        written, n_written = None, 0
+        written = None
         for k, batch in enumerate(batches):
             tensors = ahead.result()
             if k + 1 < len(batches):
@@ -223,9 +225,11 @@ def _fill(
             features = _encode(predictor, tensors).cpu().numpy()
             if written is not None:
                 written.result()
-                done += n_written
+                done += len(batches[k - 1])
+            # Handed over before the step: if the caller stops there, this batch is kept as well.
+            written = writer.submit(sink.write, batch, features)
+            if k > 0:
                 yield Step(done, total, text)
-            written, n_written = writer.submit(sink.write, batch, features), len(batch)
         if written is not None:
             written.result()
             yield Step(total, total, text)

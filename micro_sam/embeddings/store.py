@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,31 +33,44 @@ _WORK = ".micro_sam"
 _METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata")
 # States of the segmenters live in the same folder and belong to its embeddings.
 _OWN = (*_METADATA, "features", _WORK, "amg_state", "amg_state.pickle", "is_state.h5")
+# Under such names zarr writes metadata; a process that was killed leaves them.
+_TORN = re.compile(r"^(zarr|\.zgroup|\.zattrs)\..*\bpartial$")
 
 
 # Reading
 
-def open_cache(path: Path) -> zarr.Group | None:
-    """Open an existing cache for reading; None if there is none (the folder is missing, empty or only begun).
+def check_path(path: Path) -> bool:
+    """Whether there is the metadata of a cache at `path`; False if the folder is missing, empty or only begun.
 
     Raises:
-        EmbeddingCacheError: If something else is at that path, or the metadata are damaged.
+        EmbeddingCacheError: If something else is at that path, or it cannot be read.
     """
     try:
         if not path.exists():
-            return None
+            return False
         if not path.is_dir():
             raise EmbeddingCacheError(f"{path} is a file, not an embedding cache. Choose the path of a zarr folder.")
         names = set(os.listdir(path))
     except PermissionError as error:
         raise read_error(error, f"The embedding cache {path}") from error
-    if names.isdisjoint(_METADATA):
-        foreign = sorted(names - set(_OWN))
-        if foreign:
-            raise EmbeddingCacheError(
-                f"{path} is a folder with other content ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}) "
-                "and not an embedding cache. Choose a new path, for example one that ends in .zarr inside it."
-            )
+    if not names.isdisjoint(_METADATA):
+        return True
+    foreign = sorted(name for name in names - set(_OWN) if not _TORN.match(name))
+    if foreign and _WORK not in names:
+        raise EmbeddingCacheError(
+            f"{path} is a folder with other content ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}) "
+            "and not an embedding cache. Choose a new path, for example one that ends in .zarr inside it."
+        )
+    return False
+
+
+def open_cache(path: Path) -> zarr.Group | None:
+    """Open an existing cache for reading; None if there is none.
+
+    Raises:
+        EmbeddingCacheError: If something else is at that path, or the metadata are damaged.
+    """
+    if not check_path(path):
         return None
     try:
         return zarr.open_group(path, mode="r", use_consolidated=False)
@@ -295,6 +309,7 @@ class StoreSink:
         self._chunks = (1,) * (len(self._shape) - 3) + self._shape[-3:]
         self._log = path / _WORK / "progress"
         with _write_errors(path):
+            self._remove_torn_files()
             self._done = self._read_log()
             self._dtype = dtype or "float32"
             self._root = self._open_root(signature, zarr_format)
@@ -317,10 +332,13 @@ class StoreSink:
             rewritten = self._log.with_suffix(".new")
             rewritten.write_bytes(b"".join(whole))
             rewritten.replace(self._log)
-        # Chunks of which the writing was cut off, under their temporary names.
-        for leftover in (self._path / "features").rglob("*.partial"):
-            leftover.unlink(missing_ok=True)
         return items
+
+    def _remove_torn_files(self) -> None:
+        """Remove files of which the writing was cut off, under their temporary names."""
+        torn = [self._path / name for name in os.listdir(self._path) if _TORN.match(name)]
+        for file in [*torn, *(self._path / "features").rglob("*.partial")]:
+            file.unlink(missing_ok=True)
 
     def _open_root(self, signature: Signature, zarr_format: int) -> zarr.Group:
         if open_cache(self._path) is not None:
