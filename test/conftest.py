@@ -69,10 +69,9 @@ def tiny_decoder(tiny_sam, _tiny_decoder_state):
 def tiny_checkpoint(tiny_sam, _tiny_decoder_state, tmp_path_factory):
     """Path of a file with the `model_state` and `decoder_state` of the tiny model."""
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
-    settings = {"image_size": TINY_SIZE, "normalization": "instance"}
-    torch.save(
-        {"model_state": tiny_sam.state_dict(), "decoder_state": _tiny_decoder_state, "decoder_settings": settings}, path
-    )
+    settings = {"model_type": "vit_t", "image_size": TINY_SIZE}
+    content = {"model_state": tiny_sam.state_dict(), "decoder_state": _tiny_decoder_state, "settings": settings}
+    torch.save(content | {"decoder_settings": {"normalization": "instance"}}, path)
     return path
 
 

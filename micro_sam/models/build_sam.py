@@ -11,7 +11,8 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from ..core.errors import InvalidInputError, nearest_names
 
 __all__ = [
-    "ARCHITECTURES", "SamPredictor", "build_sam", "build_sam_vit_b", "build_sam_vit_h", "build_sam_vit_l", "sam_model_registry"
+    "ARCHITECTURES", "SamPredictor", "build_sam", "build_sam_vit_b", "build_sam_vit_h", "build_sam_vit_l",
+    "sam_model_registry",
 ]
 
 IMAGE_SIZE = 1024
@@ -87,7 +88,7 @@ def _build_with_checkpoint(
     sam = build_sam(model_type, image_size=image_size, num_multimask_outputs=num_multimask_outputs)
     if checkpoint is not None:
         from .checkpoints import read_checkpoint
-        from .weights import load_weights
+        from .weight_loading import load_weights
         load_weights(sam, read_checkpoint(checkpoint).model_state)
     return sam
 
