@@ -289,3 +289,10 @@ def _register(folder: Path, name: str, old: bool) -> None:
     group = zarr.open_group(str(folder), mode="a", zarr_format=2 if old else 3)
     names = [*(n for n in _ome_attrs(group).get("labels", []) if n != name), name]
     group.attrs.update({"labels": names} if old else {"ome": {"version": "0.5", "labels": names}})
+
+
+def read_labels(path: str | os.PathLike, name: str = "segmentation") -> np.ndarray:
+    """Read labels that `write_labels` wrote, see there for the arguments."""
+    from .image import load_image_data
+
+    return load_image_data(_target(label_path(path), name))

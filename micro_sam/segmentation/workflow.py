@@ -1,0 +1,296 @@
+"""What the library, the one-liner and the commands share: which model, which tiles, and the steps for one image."""
+
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from segment_anything import SamPredictor
+
+from ..core.errors import DecoderMissingError, InvalidInputError, ModelError
+from ..core.progress import Step, Steps
+from ..embeddings.encode import ImageEmbeddings, embedding_steps
+from ..embeddings.signature import compute_data_signature
+from ..models import registry
+from ..models.decoder import get_decoder
+from ..models.specs import DEFAULT_MODEL, SHIPPED_MODEL, ModelSpec
+from .ais import InstanceSegmentationWithDecoder
+from .amg import AMGBase
+from .factory import get_instance_segmentation_generator, get_segmentation_mode
+from .settings import (
+    check_options,
+    full_options,
+    generate_options,
+    init_options,
+    is_tiled,
+    mode_of,
+    model_settings,
+)
+
+Segmenter = AMGBase | InstanceSegmentationWithDecoder
+
+# Planes above this size are split for the watershed, which then runs in parallel and in little memory.
+_BLOCK_WATERSHED_PIXELS = 4096**2
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an image is cut for the encoder: `tile_shape` and `halo` (y, x) in pixels, and the normalisation."""
+
+    tile_shape: tuple[int, int]
+    halo: tuple[int, int]
+    normalization: str = "tile"
+
+
+def default_model() -> str:
+    """Return `vit_b_lm` if its files were downloaded before, else `vit_t_lite`, which comes with the package."""
+    spec = registry.find_spec(DEFAULT_MODEL)
+    folder = registry.get_models_directory()
+    return DEFAULT_MODEL if all((folder / name).is_file() for name in spec.files) else SHIPPED_MODEL
+
+
+def auto_tiling(model_name: str | None, canvas: int, shape: Sequence[int]) -> Tiling | None:
+    """Choose whether to cut an image (Y, X) into tiles, for a model that sees `canvas` pixels at once.
+
+    A larger image would be shrunk to the canvas. Nuclei, for which `vit_t_lite` was trained, are then soon too small,
+    so it takes tiles for everything larger; all tiles are normalised alike. Other models were trained with shrunk
+    images; they take tiles from twice their canvas on.
+    """
+    is_lite = model_name == SHIPPED_MODEL
+    if max(shape) <= (canvas if is_lite else 2 * canvas):
+        return None
+    halo = canvas // 8
+    return Tiling((canvas - 2 * halo,) * 2, (halo,) * 2, "image" if is_lite else "tile")
+
+
+def default_options(model_name: str | None, mode: str) -> dict[str, Any]:
+    """Return the options of `generate` that `segment` and the command use, where they differ from the library's.
+
+    Only `vit_t_lite` has its own; published models keep the defaults of the library.
+    """
+    settings = registry.find_spec(SHIPPED_MODEL).settings if model_name == SHIPPED_MODEL and mode == "ais" else None
+    if settings is None:
+        return {}
+    return {
+        "center_distance_threshold": settings.center_distance_thresh,
+        "boundary_distance_threshold": settings.boundary_distance_thresh,
+        "distance_smoothing": settings.distance_smoothing,
+        "min_size": settings.min_size,
+    }
+
+
+def find_model(model_type: str, checkpoint: str | os.PathLike | None, mode: str | None) -> ModelSpec | None:
+    """Check model and mode before anything is loaded.
+
+    Returns:
+        The row of the model; None for a checkpoint.
+
+    Raises:
+        UnknownModelError: If there is no such model.
+        ModelError: If the model was not trained for the mode.
+        InvalidInputError: If the mode is unknown.
+    """
+    mode = get_segmentation_mode(mode, has_decoder=True) if mode not in (None, "auto") else None
+    if checkpoint is not None:
+        return None
+    spec = registry.find_spec(model_type)
+    if mode is not None and mode not in spec.modes:
+        error = DecoderMissingError if mode != "amg" and not spec.has_decoder else ModelError
+        raise error(
+            f"The model {spec.name!r} cannot segment in the mode {mode!r}: it was trained for "
+            f"{', '.join(spec.modes)}. Choose one of these, or another model."
+        )
+    return spec
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A predictor with its decoder and the mode to segment with; gives segmenters for plain and tiled images."""
+
+    predictor: SamPredictor
+    decoder: torch.nn.Module | None
+    mode: str
+
+    @property
+    def canvas(self) -> int:
+        """Side in pixels of what the encoder sees at once."""
+        return self.predictor.model.image_encoder.img_size
+
+    def segmenter(self, tiled: bool, **kwargs: Any) -> Segmenter:
+        """Create a segmenter; `kwargs` are the options of its class."""
+        return get_instance_segmentation_generator(
+            self.predictor, tiled, None if self.mode == "amg" else self.decoder, self.mode, **kwargs
+        )
+
+
+def load_model(
+    model_type: str,
+    checkpoint: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    mode: str | None = None,
+) -> LoadedModel:
+    """Load a model for automatic segmentation.
+
+    Args:
+        model_type: The name of the model, or the architecture of the checkpoint.
+        checkpoint: A checkpoint instead of a published model.
+        device: The device; None chooses it.
+        mode: `amg`, `ais` or `apg`. None or `auto` takes `ais` if the model has a decoder, else `amg`.
+
+    Raises:
+        UnknownModelError, ModelError, InvalidInputError: See `find_model`.
+        DecoderMissingError: If the mode needs a decoder and the checkpoint has none.
+    """
+    from ..models.loading import get_sam_model
+
+    find_model(model_type, checkpoint, mode)
+    predictor, state = get_sam_model(model_type, device=device, checkpoint_path=checkpoint, return_state=True)
+    return with_decoder(predictor, state, mode, None)
+
+
+def with_decoder(predictor, state: Mapping[str, Any], mode: str | None, device) -> LoadedModel:
+    decoder_state = state.get("decoder_state")
+    mode = get_segmentation_mode(mode, decoder_state is not None)
+    decoder = None
+    if decoder_state is not None:
+        normalization = (state.get("decoder_settings") or {}).get("normalization", "instance")
+        decoder = get_decoder(
+            predictor.model.image_encoder, decoder_state, device or predictor.device, normalization=normalization
+        )
+    return LoadedModel(predictor, decoder, mode)
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """The segmenter for one image, and the arguments of `segmentation_steps` and `output_settings`."""
+
+    segmenter: Segmenter
+    work: dict[str, Any]
+
+
+def plan_image(
+    model: LoadedModel,
+    shape: Sequence[int],
+    tile_shape: Sequence[int] | Literal["auto"] | None,
+    halo: Sequence[int] | None,
+    options: Mapping[str, Any],
+    model_name: str | None,
+) -> ImagePlan:
+    """Decide for an image of a shape (Y, X) about tiles, and split options into those of the class and of `generate`.
+
+    Raises:
+        InvalidInputError: For unknown options, with the nearest names.
+    """
+    embedding_options: dict[str, Any] = {}
+    if isinstance(tile_shape, str):
+        if tile_shape != "auto":
+            raise InvalidInputError(f"tile_shape must be two integers (y, x), None or 'auto', but is {tile_shape!r}.")
+        tiling = auto_tiling(model_name, model.canvas, shape)
+        tile_shape = tiling and tiling.tile_shape
+        if tiling is not None:
+            halo = tiling.halo if halo is None else halo
+            embedding_options = {"normalization": tiling.normalization}
+    if tile_shape is None:
+        halo = None
+    tiled = tile_shape is not None
+    of_class, of_generate = init_options(model.mode, tiled), generate_options(model.mode, tiled)
+    check_options(options, {**of_class, **of_generate}, f"the segmentation mode {model.mode!r}")
+    segmenter = model.segmenter(tiled, **{k: v for k, v in options.items() if k in of_class})
+    work = {
+        **default_options(model_name, model.mode), **{k: v for k, v in options.items() if k not in of_class},
+        "tile_shape": tile_shape, "halo": halo, "embedding_options": embedding_options or None,
+    }
+    return ImagePlan(segmenter, work)
+
+
+def segmentation_steps(
+    predictor: SamPredictor,
+    segmenter: Segmenter,
+    image: Any,
+    *,
+    embedding_path: str | os.PathLike | None = None,
+    tile_shape: Sequence[int] | None = None,
+    halo: Sequence[int] | None = None,
+    batch_size: int = 1,
+    mask: np.ndarray | None = None,
+    embedding_options: Mapping[str, Any] | None = None,
+    **generate_kwargs: Any,
+) -> Steps[tuple[np.ndarray, ImageEmbeddings]]:
+    """Segment one image: embed, initialise, generate. Yields `Step`, returns labels (Y, X) and embeddings.
+
+    What was embedded is kept in `embedding_path` when the work is cancelled.
+
+    Args:
+        predictor: The predictor.
+        segmenter: The segmenter; it keeps its state, so that `generate` may be called again.
+        image: Image (Y, X[, C]), may be lazy if it is tiled.
+        embedding_path: Where to keep the embeddings; None keeps them in memory.
+        tile_shape: Tile shape (y, x) in pixels; needed by the tiled segmenters and for these only.
+        halo: Halo (y, x) in pixels.
+        batch_size: Tiles per call of the network.
+        mask: Array (Y, X): only tiles that touch a non-zero pixel are processed.
+        embedding_options: More options of `precompute_image_embeddings`.
+        generate_kwargs: Options of `segmenter.generate`.
+    """
+    tiling = {} if tile_shape is None else {"tile_shape": tuple(tile_shape), "halo": halo and tuple(halo)}
+    embeddings = yield from embedding_steps(
+        predictor, image, embedding_path, ndim=2, batch_size=batch_size, mask=mask, **tiling,
+        **(embedding_options or {}),
+    )
+    if tiling and tiling["halo"] is None:
+        tiling["halo"] = tuple(embeddings["features"].attrs["halo"])
+    mode = mode_of(segmenter)
+    tiles = {**tiling, "mask": mask} if tiling else {}
+    if tiling and mode != "amg":
+        tiles["batch_size"] = batch_size
+    if hasattr(segmenter, "initialize_steps"):
+        accepted = inspect.signature(segmenter.initialize_steps).parameters
+        yield from segmenter.initialize_steps(image, embeddings, **{k: v for k, v in tiles.items() if k in accepted})
+    else:
+        yield Step(0, 1, "Initialize segmentation")
+        segmenter.initialize(image, embeddings, **tiles)
+        yield Step(1, 1, "Initialize segmentation")
+
+    if mode == "ais" and tiling and np.prod(image.shape[:2], dtype=np.int64) > _BLOCK_WATERSHED_PIXELS:
+        generate_kwargs = {**tiling, **generate_kwargs}
+    if hasattr(segmenter, "generate_steps"):
+        labels = yield from segmenter.generate_steps(**generate_kwargs)
+    else:
+        yield Step(0, 1, "Find objects")
+        labels = segmenter.generate(**generate_kwargs)
+        yield Step(1, 1, "Find objects")
+    return labels, embeddings
+
+
+def output_settings(
+    predictor: SamPredictor,
+    segmenter: Segmenter,
+    image: Any,
+    *,
+    tile_shape: Sequence[int] | None = None,
+    halo: Sequence[int] | None = None,
+    mask: np.ndarray | None = None,
+    embedding_options: Mapping[str, Any] | None = None,
+    **generate_kwargs: Any,
+) -> dict[str, Any]:
+    """Return what decides the result, for the record of an output. Reads the image, in pieces."""
+    mode = mode_of(segmenter)
+    settings = {
+        "mode": mode,
+        **model_settings(predictor, getattr(segmenter, "_decoder", None)),
+        "image": compute_data_signature(image),
+        "tile_shape": tile_shape and list(tile_shape),
+        "halo": halo and list(halo),
+        "options": full_options(segmenter.generate, generate_kwargs),
+    }
+    own = {name: getattr(segmenter, f"_{name}", None) for name in init_options(mode, is_tiled(segmenter))}
+    settings["options"] |= full_options(lambda: None, {k: v for k, v in own.items() if v is not None})
+    if mask is not None:
+        settings["mask"] = compute_data_signature(mask)
+    if embedding_options:
+        settings["embedding"] = dict(embedding_options)
+    return json.loads(json.dumps(settings))
