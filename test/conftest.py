@@ -50,7 +50,8 @@ def tiny_predictor(tiny_sam):
 
 
 @pytest.fixture(scope="session")
-def _tiny_decoder_state(tiny_sam):
+def tiny_decoder_state(tiny_sam):
+    """Random weights of a slim decoder that fits `tiny_sam`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         unetr = get_unetr(tiny_sam.image_encoder, device="cpu", initial_features=TINY_FEATURES)
@@ -60,17 +61,17 @@ def _tiny_decoder_state(tiny_sam):
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(tiny_sam, _tiny_decoder_state):
+def tiny_decoder(tiny_sam, tiny_decoder_state):
     """A decoder with random weights that fits `tiny_sam`."""
-    return get_decoder(tiny_sam.image_encoder, _tiny_decoder_state, "cpu")
+    return get_decoder(tiny_sam.image_encoder, tiny_decoder_state, "cpu")
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_sam, _tiny_decoder_state, tmp_path_factory):
+def tiny_checkpoint(tiny_sam, tiny_decoder_state, tmp_path_factory):
     """Path of a file with the `model_state` and `decoder_state` of the tiny model."""
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
     settings = {"model_type": "vit_t", "image_size": TINY_SIZE}
-    content = {"model_state": tiny_sam.state_dict(), "decoder_state": _tiny_decoder_state, "settings": settings}
+    content = {"model_state": tiny_sam.state_dict(), "decoder_state": tiny_decoder_state, "settings": settings}
     torch.save(content | {"decoder_settings": {"normalization": "instance"}}, path)
     return path
 

@@ -139,17 +139,17 @@ def _read(path: Path, mmap: bool) -> tuple[Any, tuple[str, ...]]:
     with open(path, "rb") as f:
         if not is_zip and f.read(2) == b"PK":
             raise truncated
+    if is_zip and _is_program(path):
+        raise CheckpointError(f"{path} is a TorchScript program, not a checkpoint. Pass the weights it was made from.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip), ()
     except pickle.UnpicklingError as error:
         logger.info("%s holds more than weights, using the restricted reader: %s", path, error)
-    except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile, KeyError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged stream raises depends on where it breaks
         raise truncated from error
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist()):
-                raise CheckpointError(f"{path} is an exported TorchScript program, not a checkpoint of weights.")
-    elif tarfile.is_tarfile(path):
+    if not is_zip and tarfile.is_tarfile(path):
         raise CheckpointError(f"{path} is in the tar format of torch < 0.1.10. Save it again with a newer torch.")
 
     reader = SafePickle()
@@ -160,11 +160,18 @@ def _read(path: Path, mmap: bool) -> tuple[Any, tuple[str, ...]]:
             f"The checkpoint {path} was refused: {error} No checkpoint needs that; the file is probably malicious. "
             "Nothing from it was run. Get the checkpoint from a source that you trust."
         ) from error
-    except Exception as error:  # what a damaged or hostile stream raises depends on where it breaks
+    except MemoryError:
+        raise
+    except Exception as error:
         if reader.refused:
             raise UnsafeCheckpointError(_refusal(path, reader.refused)) from error
         raise truncated from error
     return content, tuple(sorted(reader.refused))
+
+
+def _is_program(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
 
 
 def _refusal(path: Path, refused) -> str:
