@@ -17,11 +17,11 @@ from .embeddings.encode import ImageEmbeddings, embedding_steps
 from .segmentation.settings import check_options, generate_options, init_options, is_tiled, mode_of
 from .segmentation.workflow import (
     Segmenter,
-    default_model,
     find_model,
     load_model,
     output_settings,
     plan_image,
+    resolve_model,
     segmentation_steps,
     with_decoder,
 )
@@ -285,7 +285,7 @@ def segment(
         >>> import micro_sam
         >>> labels = micro_sam.segment("cells.tif")  # doctest: +SKIP
     """
-    model = (default_model() if checkpoint is None else "vit_b") if model is None else model
+    model = resolve_model(model, checkpoint)
     find_model(model, checkpoint, mode)
     opened = open_image(image, key, axes=axes, channel=channel, time=time, level=level, series=series)
     check_2d(opened)

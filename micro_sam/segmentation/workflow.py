@@ -83,7 +83,14 @@ def default_options(model_name: str | None, mode: str) -> dict[str, Any]:
     }
 
 
-def find_model(model_type: str, checkpoint: str | os.PathLike | None, mode: str | None) -> ModelSpec | None:
+def resolve_model(model_type: str | None, checkpoint: str | os.PathLike | None) -> str | None:
+    """Return the name of the model to load; None if the checkpoint itself has to tell what it is."""
+    if model_type is not None:
+        return model_type
+    return default_model() if checkpoint is None else None
+
+
+def find_model(model_type: str | None, checkpoint: str | os.PathLike | None, mode: str | None) -> ModelSpec | None:
     """Check model and mode before anything is loaded.
 
     Returns:
@@ -128,7 +135,7 @@ class LoadedModel:
 
 
 def load_model(
-    model_type: str,
+    model_type: str | None,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     mode: str | None = None,
@@ -136,7 +143,7 @@ def load_model(
     """Load a model for automatic segmentation.
 
     Args:
-        model_type: The name of the model, or the architecture of the checkpoint.
+        model_type: The name of the model, or the architecture of the checkpoint; None detects the latter.
         checkpoint: A checkpoint instead of a published model.
         device: The device; None chooses it.
         mode: `amg`, `ais` or `apg`. None or `auto` takes `ais` if the model has a decoder, else `amg`.
@@ -148,6 +155,9 @@ def load_model(
     from ..models.loading import get_sam_model
 
     find_model(model_type, checkpoint, mode)
+    if model_type is None:
+        from ..models.checkpoints import read_checkpoint
+        model_type = read_checkpoint(checkpoint, mmap=True).architecture
     predictor, state = get_sam_model(model_type, device=device, checkpoint_path=checkpoint, return_state=True)
     return with_decoder(predictor, state, mode, None)
 
@@ -247,13 +257,7 @@ def segmentation_steps(
     tiles = {**tiling, "mask": mask} if tiling else {}
     if tiling and mode != "amg":
         tiles["batch_size"] = batch_size
-    if hasattr(segmenter, "initialize_steps"):
-        accepted = inspect.signature(segmenter.initialize_steps).parameters
-        yield from segmenter.initialize_steps(image, embeddings, **{k: v for k, v in tiles.items() if k in accepted})
-    else:
-        yield Step(0, 1, "Initialize segmentation")
-        segmenter.initialize(image, embeddings, **tiles)
-        yield Step(1, 1, "Initialize segmentation")
+    yield from initialize_steps(segmenter, image, embeddings, **tiles)
 
     if mode == "ais" and tiling and np.prod(image.shape[:2], dtype=np.int64) > _BLOCK_WATERSHED_PIXELS:
         generate_kwargs = {**tiling, **generate_kwargs}
@@ -264,6 +268,20 @@ def segmentation_steps(
         labels = segmenter.generate(**generate_kwargs)
         yield Step(1, 1, "Find objects")
     return labels, embeddings
+
+
+def initialize_steps(
+    segmenter: Segmenter, image: Any, image_embeddings: ImageEmbeddings, i: int | None = None, **kwargs: Any
+) -> Steps[None]:
+    """Initialise any segmenter, with progress; options that it does not have are left out."""
+    if hasattr(segmenter, "initialize_steps"):
+        accepted = inspect.signature(segmenter.initialize_steps).parameters
+        kwargs = {name: value for name, value in kwargs.items() if name in accepted}
+        yield from segmenter.initialize_steps(image, image_embeddings, i=i, **kwargs)
+    else:
+        yield Step(0, 1, "Initialize segmentation")
+        segmenter.initialize(image, image_embeddings, i=i, **kwargs)
+        yield Step(1, 1, "Initialize segmentation")
 
 
 def output_settings(
