@@ -1,0 +1,239 @@
+"""The workflow from an image to labels: choices, checks before work, records, and equality with the segmenters."""
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+import micro_sam
+from micro_sam import automatic_segmentation
+from micro_sam.automatic_segmentation import (
+    automatic_instance_segmentation,
+    automatic_tracking,
+    get_predictor_and_segmenter,
+    segment,
+)
+from micro_sam.core.errors import (
+    DecoderMissingError,
+    InvalidInputError,
+    ModelError,
+    OutputExistsError,
+    UnknownModelError,
+    UnsupportedError,
+)
+from micro_sam.core.output import read_record
+from micro_sam.models.specs import SHIPPED_MODEL
+from micro_sam.segmentation import workflow
+from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
+from micro_sam.segmentation.settings import mode_of
+from micro_sam.segmentation.workflow import auto_tiling, segmentation_steps
+
+# The decoder has random weights: these thresholds make it find something.
+LOOSE = {"center_distance_threshold": 0.6, "boundary_distance_threshold": 0.7, "foreground_threshold": 0.4}
+TILES = {"tile_shape": (64, 80), "halo": (16, 16)}
+
+
+@pytest.fixture
+def ais(tiny_checkpoint):
+    return get_predictor_and_segmenter("vit_t", tiny_checkpoint, "cpu")
+
+
+@pytest.fixture
+def tiled_ais(tiny_checkpoint):
+    return get_predictor_and_segmenter("vit_t", tiny_checkpoint, "cpu", is_tiled=True)
+
+
+def test_one_liner_is_the_segmenter(cells_image, ais, tiny_checkpoint):
+    _, segmenter = ais
+    segmenter.initialize(cells_image)
+    expected = segmenter.generate(**LOOSE)
+    labels = micro_sam.segment(cells_image, checkpoint=tiny_checkpoint, device="cpu", **LOOSE)
+    assert labels.max() > 0
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_file_channel_and_container(tmp_path, cells_image, tiny_checkpoint):
+    options = {"checkpoint": tiny_checkpoint, "device": "cpu", **LOOSE}
+    expected = segment(cells_image, **options)
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([cells_image[::-1], cells_image]))
+    np.testing.assert_array_equal(segment(tmp_path / "a.tif", axes="CYX", channel=1, **options), expected)
+    zarr.create_group(tmp_path / "a.zarr").create_array("raw", data=cells_image)
+    np.testing.assert_array_equal(segment(tmp_path / "a.zarr", key="raw", **options), expected)
+
+
+def test_tiled_one_liner_is_the_tiled_segmenter(cells_image, tiled_ais, tiny_checkpoint):
+    _, segmenter = tiled_ais
+    segmenter.initialize(cells_image, **TILES)
+    labels = segment(cells_image, checkpoint=tiny_checkpoint, device="cpu", **TILES, **LOOSE)
+    np.testing.assert_array_equal(labels, segmenter.generate(**LOOSE))
+    assert labels.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "canvas", "shape", "tile", "halo"),
+    [
+        (SHIPPED_MODEL, 512, (512, 512), None, None),
+        (SHIPPED_MODEL, 512, (300, 513), (384, 384), (64, 64)),
+        ("vit_b_lm", 1024, (2048, 1500), None, None),
+        ("vit_b_lm", 1024, (1500, 2049), (768, 768), (128, 128)),
+    ],
+)
+def test_auto_tiling(model, canvas, shape, tile, halo):
+    tiling = auto_tiling(model, canvas, shape)
+    assert (tiling and tiling.tile_shape, tiling and tiling.halo) == (tile, halo)
+    if tiling is not None:
+        assert tiling.tile_shape[0] + 2 * tiling.halo[0] == canvas, "tiles are seen at full resolution"
+
+
+def test_large_image_is_tiled_by_itself(cells_image, tiny_checkpoint):
+    large = np.tile(cells_image, (3, 4))[:300, :520]
+    options = {"checkpoint": tiny_checkpoint, "device": "cpu", **LOOSE}
+    labels = segment(large, **options)
+    np.testing.assert_array_equal(labels, segment(large, tile_shape=(192, 192), halo=(32, 32), **options))
+    assert not np.array_equal(labels, segment(large, tile_shape=None, **options))
+
+
+def test_default_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path))
+    assert workflow.default_model() == "vit_t_lite"
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "vit_b_lm").write_bytes(b"x")
+    assert workflow.default_model() == "vit_t_lite", "its decoder is missing"
+    (tmp_path / "models" / "vit_b_lm_decoder").write_bytes(b"x")
+    assert workflow.default_model() == "vit_b_lm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": "vit_b_ml"}, UnknownModelError, "vit_b_lm"),
+        ({"model": "vit_b_lm_decoder"}, UnknownModelError, "file of a decoder"),
+        ({"model": "vit_t_lite", "mode": "amg"}, ModelError, "was trained for ais"),
+        ({"model": "vit_b", "mode": "ais"}, DecoderMissingError, "was trained for amg"),
+        ({"mode": "aiz"}, InvalidInputError, "'ais'"),
+        ({"image": np.zeros((5, 30, 40))}, UnsupportedError, "not part of this version yet.*axes='CYX'"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(cells_image, monkeypatch, arguments, error, message):
+    monkeypatch.setattr("micro_sam.models.loading.get_sam_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(error, match=message):
+        segment(**{"image": cells_image, **arguments})
+
+
+def test_unknown_options(cells_image, ais, tiny_checkpoint):
+    with pytest.raises(InvalidInputError, match="'min_siz'.*'min_size'"):
+        segment(cells_image, checkpoint=tiny_checkpoint, device="cpu", min_siz=3)
+    with pytest.raises(InvalidInputError, match="'min_siz'.*'min_size'"):
+        automatic_instance_segmentation(*ais, cells_image, min_siz=3)
+    with pytest.raises(InvalidInputError, match="points_per_sid.*points_per_side"):
+        get_predictor_and_segmenter("vit_t", tiny_checkpoint, "cpu", "amg", points_per_sid=3)
+
+
+def test_predictor_with_state(tiny_predictor, tiny_decoder_state):
+    predictor, segmenter = get_predictor_and_segmenter(
+        "vit_t", predictor=tiny_predictor, state={"decoder_state": tiny_decoder_state}
+    )
+    assert predictor is tiny_predictor
+    assert type(segmenter) is InstanceSegmentationWithDecoder
+    assert mode_of(get_predictor_and_segmenter("vit_t", predictor=predictor, state={})[1]) == "amg"
+    with pytest.raises(InvalidInputError, match="without its state"):
+        get_predictor_and_segmenter("vit_t", predictor=predictor)
+    with pytest.raises(DecoderMissingError):
+        get_predictor_and_segmenter("vit_t", predictor=predictor, state={}, segmentation_mode="apg")
+
+
+def test_tiled_class_and_mode(tiny_checkpoint):
+    _, segmenter = get_predictor_and_segmenter("vit_t", tiny_checkpoint, "cpu", "AIS", is_tiled=True)
+    assert type(segmenter) is TiledInstanceSegmentationWithDecoder
+
+
+def test_output_is_recorded_loaded_and_protected(tmp_path, cells_image, ais, monkeypatch):
+    predictor, segmenter = ais
+    path = tmp_path / "exp.1.result"
+    labels = automatic_instance_segmentation(predictor, segmenter, cells_image, path, verbose=False, **LOOSE)
+    assert labels.dtype == np.uint64
+    written = tmp_path / "exp.1.result.tif"
+    np.testing.assert_array_equal(tifffile.imread(written), labels)
+    settings = read_record(written)["settings"]
+    assert settings["mode"] == "ais"
+    assert settings["options"]["foreground_threshold"] == 0.4
+    assert settings["options"]["distance_smoothing"] == 1.6, "defaults are recorded too"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(automatic_segmentation, "segmentation_steps", lambda *a, **k: pytest.fail("computed again"))
+        again = automatic_instance_segmentation(predictor, segmenter, cells_image, path, verbose=False, **LOOSE)
+    assert again.dtype == labels.dtype
+    np.testing.assert_array_equal(again, labels)
+    with pytest.raises(OutputExistsError, match="min_size"):
+        automatic_instance_segmentation(predictor, segmenter, cells_image, path, **LOOSE, min_size=5)
+    with pytest.raises(OutputExistsError, match="image"):
+        automatic_instance_segmentation(predictor, segmenter, cells_image[::-1], path, **LOOSE)
+    replaced = automatic_instance_segmentation(
+        predictor, segmenter, cells_image, path, overwrite=True, verbose=False, **LOOSE, min_size=50
+    )
+    np.testing.assert_array_equal(tifffile.imread(written), replaced)
+
+
+def test_embeddings_are_kept_and_returned(tmp_path, cells_image, tiled_ais):
+    predictor, segmenter = tiled_ais
+    arguments = {"verbose": False, "return_embeddings": True, **TILES, **LOOSE}
+    labels, embeddings = automatic_instance_segmentation(
+        predictor, segmenter, cells_image, embedding_path=tmp_path / "e.zarr", **arguments
+    )
+    assert embeddings["input_size"] is None
+    predictor.model.image_encoder.forward = lambda x: pytest.fail("embedded again")
+    try:
+        again, _ = automatic_instance_segmentation(
+            predictor, segmenter, cells_image, embedding_path=tmp_path / "e.zarr", **arguments
+        )
+    finally:
+        del predictor.model.image_encoder.forward
+    np.testing.assert_array_equal(again, labels)
+
+
+def test_mask_selects_tiles(cells_image, tiled_ais):
+    predictor, segmenter = tiled_ais
+    mask = np.zeros(cells_image.shape, np.uint8)
+    mask[100:, 100:] = 1
+    labels = automatic_instance_segmentation(
+        predictor, segmenter, cells_image, mask_path=mask, verbose=False, **TILES, **LOOSE
+    )
+    assert labels[64:, 80:].max() > 0
+    assert labels[:64].max() == 0
+
+
+def test_colour_image(rgb_image, ais):
+    labels = automatic_instance_segmentation(*ais, rgb_image, verbose=False, **LOOSE)
+    assert labels.shape == rgb_image.shape[:2]
+
+
+def test_arguments_that_do_not_fit(cells_image, ais, tiled_ais):
+    with pytest.raises(InvalidInputError, match="is_tiled=True"):
+        automatic_instance_segmentation(*ais, cells_image, **TILES)
+    with pytest.raises(InvalidInputError, match="is_tiled=False"):
+        automatic_instance_segmentation(*tiled_ais, cells_image)
+    with pytest.raises(InvalidInputError, match="mask selects tiles"):
+        automatic_instance_segmentation(*ais, cells_image, mask_path=cells_image)
+    with pytest.raises(UnsupportedError, match="annotat"):
+        automatic_instance_segmentation(*ais, cells_image, annotate=True)
+    with pytest.raises(UnsupportedError, match="not part of this version yet"):
+        automatic_instance_segmentation(*ais, np.zeros((10, 64, 64)))
+    with pytest.raises(UnsupportedError, match="not part of this version yet"):
+        automatic_tracking(*ais, np.zeros((10, 64, 64)))
+
+
+def test_closing_the_steps_cancels(tmp_path, cells_image, tiled_ais):
+    predictor, segmenter = tiled_ais
+    steps = segmentation_steps(predictor, segmenter, cells_image, embedding_path=tmp_path / "e.zarr", **TILES)
+    texts = {next(steps).text, next(steps).text}
+    steps.close()
+    assert len(texts) == 1
+    assert not segmenter.is_initialized
+    assert (tmp_path / "e.zarr").exists(), "what was embedded is kept"
+
+
+def test_input_is_not_changed(cells_image, ais):
+    image = cells_image.copy()
+    image.flags.writeable = False
+    automatic_instance_segmentation(*ais, image, verbose=False)
+    np.testing.assert_array_equal(image, cells_image)
