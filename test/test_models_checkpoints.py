@@ -148,9 +148,11 @@ def test_damaged_piece_of_an_earlier_call(server, content_hash, tmp_path, size):
 
 def test_complete_piece_of_an_earlier_call(server, content_hash, tmp_path):
     (tmp_path / f"weights.{content_hash[7:15]}.part").write_bytes(CONTENT)
+    (tmp_path / "weights.01234567.part").write_bytes(b"of an older version")
     download(server.url, tmp_path / "weights", content_hash)
     assert (tmp_path / "weights").read_bytes() == CONTENT
     assert len(server.requests) == 1
+    assert files_of(tmp_path) == ["weights"]
 
 
 def test_wrong_hash(server, content_hash, tmp_path):

@@ -242,6 +242,9 @@ def test_decoder_settings_come_with_the_decoder(tiny_checkpoint, tiny_decoder_st
     assert get_predictor_and_decoder("vit_t", path, "cpu")[1].normalization == "running"
     decoder = save(tiny_decoder_state, "decoder.pt")
     assert get_predictor_and_decoder("vit_t", path, "cpu", decoder_path=decoder)[1].normalization == "instance"
+    for options, expected in (({}, {"normalization": "running"}), ({"decoder_path": decoder}, {})):
+        state = get_sam_model("vit_t", "cpu", path, return_state=True, **options)[1]
+        assert state["decoder_settings"] == expected
 
 
 def test_checkpoint_of_encoder_and_decoder_alone(tiny_sam, tiny_decoder_state, save):
@@ -340,11 +343,26 @@ def test_export(tiny_checkpoint, tiny_sam, tiny_decoder_state, tmp_path, save):
         export_custom_sam_model(trained, "vit_b", target)
     with pytest.raises(DecoderMissingError):
         export_custom_sam_model(save(content["model_state"], "plain.pt"), "vit_t", target, True)
-    with pytest.raises(OutputWriteError, match="Choose another folder"):
+    with pytest.raises(OutputWriteError, match="choose another folder"):
         export_custom_sam_model(trained, "vit_t", trained / "model.pt")
     other = save({"model_state": {f"net.{k}": v for k, v in content["model_state"].items()}}, "other.pt")
     export_custom_sam_model(other, "vit_t", target, prefix="net.")
     assert same(tiny_sam, torch.load(target, weights_only=True))
+
+
+def test_export_to_a_full_disk(tiny_checkpoint, tmp_path):
+    resource = pytest.importorskip("resource")
+    target = tmp_path / "model.pt"
+    target.write_bytes(b"the last export")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(OutputWriteError, match="cannot be written"):
+            export_custom_sam_model(tiny_checkpoint, "vit_t", target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert target.read_bytes() == b"the last export"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_qlora_export_keeps_what_was_finetuned(vit_b_state, save, tmp_path):

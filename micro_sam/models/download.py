@@ -1,5 +1,6 @@
 """Downloads that are atomic, resumable and verified. Loads no torch."""
 
+import glob
 import logging
 import os
 import time
@@ -142,7 +143,7 @@ def download(url: str, path: str | os.PathLike, known_hash: str, progressbar: An
     part = path.with_name(f"{path.name}.{known_hash.split(':')[1][:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f"{path.name}.lock"))
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
         lock.acquire()
     except OSError as error:
         raise OutputWriteError(
@@ -167,6 +168,8 @@ def download(url: str, path: str | os.PathLike, known_hash: str, progressbar: An
                 f"{_by_hand(url, path)}"
             )
         os.replace(part, path)
+        for old in path.parent.glob(f"{glob.escape(path.name)}.????????.part"):
+            old.unlink()  # pieces of other versions
     finally:
         lock.release()
     return path

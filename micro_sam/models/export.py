@@ -1,43 +1,25 @@
 """Writing checkpoints that other programs read: plain SAM weights, with or without the decoder."""
 
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.errors import CheckpointError, DecoderMissingError, OutputWriteError
+from ..core.errors import CheckpointError, DecoderMissingError
 from .checkpoints import ENCODER, detect_architecture, read_checkpoint
+from .files import replacing
 from .registry import download_sam_model
 
 _LORA_LAYERS = tuple(f"w_{side}_linear_{part}" for side in "ab" for part in ("q", "k", "v", "1", "2"))
 
 
 def _save(content: Mapping[str, Any], save_path: str | os.PathLike) -> None:
-    """Save under a temporary name and rename, so that the file is complete or absent."""
-    target = Path(save_path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise OutputWriteError(f"{target} cannot be written: {error}. Choose another folder.") from error
-    try:
-        with os.fdopen(handle, "wb") as f:
+    with replacing(save_path) as new, open(new, "wb") as f:
+        try:
             torch.save(content, f)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except (OSError, RuntimeError) as error:
-        raise OutputWriteError(f"{target} could not be written: {error}. Free space or choose another disk.") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error)) from error
 
 
 def _check_architecture(weights: Mapping[str, torch.Tensor], model_type: str, path: Any) -> None:

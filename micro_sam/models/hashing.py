@@ -1,14 +1,16 @@
 """Hashes of large files, remembered as long as size and time of the file stay the same. Loads no torch."""
 
+import contextlib
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import xxhash
 
+from ..core.errors import OutputWriteError
 from ..core.settings import get_cache_directory
+from .files import replacing
 
 _BLOCK = 1 << 23
 _MAX_REMEMBERED = 200
@@ -63,19 +65,14 @@ def file_hash(path: str | os.PathLike) -> str:
     stamp = _stamp(path)
     value = compute_hash(path)
     if stamp == _stamp(path) and time.time() - stamp[1] / 1e9 > _SETTLE_SECONDS:
-        remember_hash(path, stamp, value)
+        _remember(path, stamp, value)
     return value
 
 
-def remember_hash(path: Path, stamp: list[int], value: str) -> None:
+def _remember(path: Path, stamp: list[int], value: str) -> None:
     memory = _read_memory()
     memory.pop(str(path), None)
     memory = dict([*memory.items(), (str(path), [*stamp, value])][-_MAX_REMEMBERED:])
-    target = _memory_path()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as f:
-            json.dump(memory, f)
-        os.replace(f.name, target)
-    except OSError:
-        pass  # a cache directory that cannot be written costs time, nothing else
+    # A cache directory that cannot be written costs time, nothing else.
+    with contextlib.suppress(OutputWriteError), replacing(_memory_path()) as new:
+        new.write_text(json.dumps(memory), encoding="utf-8")

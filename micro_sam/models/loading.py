@@ -207,7 +207,7 @@ def get_sam_model(
             If its architecture differs from `model_type`, there is a warning and that of the file wins.
         return_sam: Whether to return the network too.
         return_state: Whether to return the content of the checkpoint too. If there is a segmentation decoder,
-            its weights are in it as `decoder_state`.
+            its weights are in it as `decoder_state`, and what is recorded about it as `decoder_settings`.
         peft_kwargs: Not supported yet.
         flexible_load_checkpoint: Whether to load what fits and warn about the rest instead of raising. Position
             embeddings of another image size are interpolated.
@@ -244,6 +244,7 @@ def get_sam_model(
         state = dict(loaded.checkpoint.state)
         if loaded.decoder_state is not None:
             state["decoder_state"] = loaded.decoder_state
+            state["decoder_settings"] = dict(loaded.decoder_settings)
         result.append(state)
     return tuple(result) if len(result) > 1 else result[0]
 

@@ -15,7 +15,6 @@ environment variable `MICROSAM_MODELS` names:
 import json
 import os
 import re
-import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,11 @@ from ..core.errors import (
     InvalidInputError,
     MissingFileError,
     OutputExistsError,
-    OutputWriteError,
     UnknownModelError,
     nearest_names,
 )
 from ..core.settings import get_cache_directory
+from .files import replacing
 from .specs import LOCAL_FAMILY, MODELS, ModelSpec
 
 if TYPE_CHECKING:
@@ -196,13 +195,8 @@ def register_local_model(
     section = "[[model]]\n" + "".join(f"{k} = {v}\n" for k, v in values.items())
     text = f"{text.rstrip()}\n\n{section}" if text.strip() else section
     spec = _parse(text, target)[name]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as f:
-            f.write(text)
-        os.replace(f.name, target)
-    except OSError as error:
-        raise OutputWriteError(f"The file of local models {target} cannot be written: {error}.") from error
+    with replacing(target) as new:
+        new.write_text(text, encoding="utf-8")
     return spec
 
 

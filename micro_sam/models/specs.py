@@ -38,22 +38,22 @@ class ModelSettings:
     `center_distance_thresh` and `boundary_distance_thresh` (0…1), `distance_smoothing` (pixels) and `min_size`
     (pixels) belong to AIS; `pred_iou_thresh`, `stability_score_thresh` (0…1) and `min_object_size` (pixels) to AMG;
     `projection_mode`, `iou_threshold` (0…1) and `box_extension` (fraction of the box) to the propagation of a
-    segmentation along z or time.
+    segmentation along z or time. What is None has no value that suits the model in particular.
     """
 
     center_distance_thresh: float
     boundary_distance_thresh: float
     distance_smoothing: float
-    pred_iou_thresh: float
-    stability_score_thresh: float
-    projection_mode: str
-    iou_threshold: float
-    box_extension: float = 0.025
-    min_size: int = 100
-    min_object_size: int = 100
+    pred_iou_thresh: float | None = None
+    stability_score_thresh: float | None = None
+    projection_mode: str | None = None
+    iou_threshold: float | None = None
+    box_extension: float | None = 0.025
+    min_size: int | None = 100
+    min_object_size: int | None = 100
 
     def _pick(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def ais(self) -> dict[str, Any]:
