@@ -181,7 +181,7 @@ def is_done(
             f"{target} exists and was not written by this tool. Pass overwrite (--overwrite) to replace it, or choose "
             "another output."
         )
-    found, wanted = record.get("settings", {}), json.loads(json.dumps(settings))
+    found, wanted = _flatten(record.get("settings", {})), _flatten(json.loads(json.dumps(settings)))
     different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if not different:
         return True
@@ -190,6 +190,14 @@ def is_done(
         f"{target} exists and was computed with other settings ({changes}). Pass overwrite (--overwrite) to replace "
         "it, choose another output, or use the same settings."
     )
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one level: the options are named like the settings."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flatten(value) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def smallest_dtype(labels: np.ndarray) -> np.dtype:
