@@ -244,7 +244,8 @@ def get_sam_model(
         state = dict(loaded.checkpoint.state)
         if loaded.decoder_state is not None:
             state["decoder_state"] = loaded.decoder_state
-            state["decoder_settings"] = dict(loaded.decoder_settings)
+            if loaded.decoder_settings or "decoder_settings" in state:
+                state["decoder_settings"] = dict(loaded.decoder_settings)
         result.append(state)
     return tuple(result) if len(result) > 1 else result[0]
 
