@@ -454,6 +454,29 @@ def test_other_folders_and_files_are_left_alone(predictor, tmp_path):
     assert files(tmp_path) == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_zarr_data_are_left_alone(predictor, tmp_path, overwrite, zarr_format):
+    image = example((50, 70))
+    zarr.create_group(tmp_path / "ome.zarr", zarr_format=zarr_format, attributes={"ome": {"version": "0.5"}})
+    zarr.create_array(tmp_path / "ome.zarr" / "0", data=image, zarr_format=zarr_format)
+    zarr.create_array(tmp_path / "array.zarr", data=image, zarr_format=zarr_format)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    for name in ("ome.zarr", "array.zarr"):
+        with pytest.raises(EmbeddingCacheError, match="not an embedding cache"):
+            compute(predictor, image, tmp_path / name, overwrite=overwrite)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+def test_an_empty_group_is_filled_and_one_with_attributes_is_not(predictor, tmp_path):
+    image = example((50, 70))
+    zarr.create_group(tmp_path / "empty.zarr")
+    assert_same(compute(predictor, image, tmp_path / "empty.zarr"), compute(predictor, image))
+    zarr.create_group(tmp_path / "mine.zarr", attributes={"author": "me"})
+    with pytest.raises(EmbeddingCacheError, match="attributes author"):
+        compute(predictor, image, tmp_path / "mine.zarr")
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EACCES, "write permission"), (errno.EIO, "path")],

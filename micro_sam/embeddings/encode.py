@@ -172,6 +172,11 @@ def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool
                 f"The embeddings in {path} were left incomplete by an older version, which does not note for which "
                 "image and model. Compute them again with overwrite=True, delete the folder, or choose another path."
             )
+        if attrs:
+            raise EmbeddingCacheError(
+                f"{path} is a zarr group with other content (attributes {', '.join(list(attrs)[:3])}) and not an "
+                "embedding cache. Choose a new path."
+            )
         return False
     signature.check(attrs, describe_layout(group, path), path)
     found = attrs.get("dtype", "float32")
@@ -222,7 +227,7 @@ def _fill(
             tensors = ahead.result()
             if k + 1 < len(batches):
                 ahead = reader.submit(load, batches[k + 1])
-            features = _encode(predictor, tensors).cpu().numpy()
+            features = _encode(predictor, tensors).float().cpu().numpy()
             if written is not None:
                 written.result()
                 done += len(batches[k - 1])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import EmbeddingCacheError, MissingTileError, OutputWriteError
+from ..core.errors import EmbeddingCacheError, MissingTileError
 
 ImageEmbeddings = dict[str, Any]
 
@@ -140,8 +140,6 @@ def read_error(error: Exception, name: str) -> Exception:
     """The error that a user sees when reading a cache failed."""
     if isinstance(error, PermissionError):
         return EmbeddingCacheError(f"{name} cannot be read: {error}. Check the permissions of the cache.")
-    if isinstance(error, OutputWriteError):
-        return error
     return EmbeddingCacheError(
         f"{name} is damaged and cannot be read ({type(error).__name__}: {error}). "
         "Compute the embeddings again with overwrite=True, or delete the cache."

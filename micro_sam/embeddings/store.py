@@ -21,11 +21,12 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ..core.errors import EmbeddingCacheError, OutputWriteError
-from .features import FeatureArray, ImageEmbeddings, TiledFeatures, read_error
+from .features import ImageEmbeddings, read_error
 from .lock import locked
 from .memory import feature_shape, tiling_attrs
 from .plan import EmbeddingPlan, Item, encoder_sizes
 from .signature import Signature
+from .stored import StoredArray, open_node, stored_tiles
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "float16")
@@ -53,14 +54,23 @@ def check_path(path: Path) -> bool:
         names = set(os.listdir(path))
     except PermissionError as error:
         raise read_error(error, f"The embedding cache {path}") from error
-    if not names.isdisjoint(_METADATA):
-        return True
+    has_metadata = not names.isdisjoint(_METADATA)
     foreign = sorted(name for name in names - set(_OWN) if not _TORN.match(name))
-    if foreign and _WORK not in names:
+    if foreign and not (_has_signature(path) if has_metadata else _WORK in names):
         raise EmbeddingCacheError(
             f"{path} is a folder with other content ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}) "
-            "and not an embedding cache. Choose a new path, for example one that ends in .zarr inside it."
+            "and not an embedding cache. Choose a new path, for example one that ends in .zarr beside it."
         )
+    return has_metadata
+
+
+def _has_signature(path: Path) -> bool:
+    """Whether the root attributes are those of an embedding cache, and not of some other zarr data."""
+    for name in ("zarr.json", ".zattrs"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            attrs = json.loads((path / name).read_text())
+            if "data_signature" in attrs.get("attributes", attrs):
+                return True
     return False
 
 
@@ -83,15 +93,6 @@ def is_complete(group: zarr.Group) -> bool:
     return "input_size" in group.attrs
 
 
-def _node(group: zarr.Group, name: str, path: Path):
-    try:
-        return group[name]
-    except KeyError:
-        return None
-    except Exception as error:
-        raise read_error(error, f"{name} in the embedding cache {path}") from error
-
-
 def load_embeddings(path: str | os.PathLike, lazy_loading: bool = False) -> ImageEmbeddings:
     """Read a complete cache as it is, without checking that it belongs to some image.
 
@@ -112,90 +113,20 @@ def load_embeddings(path: str | os.PathLike, lazy_loading: bool = False) -> Imag
         raise EmbeddingCacheError(
             f"There are no complete embeddings in {path}. Compute them with precompute_image_embeddings."
         )
-    attrs, features = dict(group.attrs), _node(group, "features", path)
+    attrs, features = dict(group.attrs), open_node(group, "features", path)
     if features is None:
         raise EmbeddingCacheError(f"{path} has no features although it is marked as complete. Compute them again.")
     if isinstance(features, zarr.Group):
-        return {"features": _tiled(features, path), "input_size": None, "original_size": None}
-    array = _StoredArray(features, name=f"{path}/features")
+        return {"features": stored_tiles(features, path), "input_size": None, "original_size": None}
+    array = StoredArray(features, name=f"{path}/features")
     if array.ndim == 4 or not lazy_loading:
         array = array.read_all()
     return {"features": array, **{k: tuple(attrs[k]) for k in ("input_size", "original_size")}}
 
 
-def _tiled(group: zarr.Group, path: Path) -> TiledFeatures:
-    attrs = dict(group.attrs)
-    n_tiles = int(np.prod([-(-s // t) for s, t in zip(attrs["shape"], attrs["tile_shape"], strict=True)]))
-    in_mask = attrs.get("tiles_in_mask")
-    if isinstance(in_mask, dict):
-        names = sorted({int(t) for tiles in in_mask.values() for t in tiles})
-    else:
-        names = range(n_tiles) if in_mask is None else sorted(int(t) for t in in_mask)
-    planes = {}
-    if isinstance(in_mask, dict):
-        for z, tiles in in_mask.items():
-            for tile in tiles:
-                planes.setdefault(int(tile), []).append(int(z))
-    return TiledFeatures(_LazyArrays(group, path, list(names), planes), attrs, n_tiles)
-
-
-class _LazyArrays(dict):
-    """Opens the array of a tile when it is first used."""
-
-    def __init__(self, group: zarr.Group, path: Path, tiles: list[int], planes: dict[int, list[int]]):
-        super().__init__()
-        self._group, self._path, self._planes = group, path, planes
-        self._names = [str(t) for t in tiles]
-        self._known = frozenset(self._names)
-
-    def __contains__(self, key) -> bool:
-        return key in self._known
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __missing__(self, key: str) -> FeatureArray:
-        name = f"{self._path}/features/{key}"
-        array = _node(self._group, key, self._path)
-        if array is None:
-            raise EmbeddingCacheError(f"{name} is missing. Compute the embeddings again with overwrite=True.")
-        attrs = {k: tuple(array.attrs[k]) for k in ("original_size", "input_size")}
-        self[key] = _StoredArray(array, attrs, name, self._planes.get(int(key)))
-        return self[key]
-
-
-class _StoredArray(FeatureArray):
-    """Features on disk. A chunk that vanished would read as zeros, which no encoder gives: that is an error."""
-
-    def __getitem__(self, index) -> np.ndarray:
-        values = super().__getitem__(index)
-        is_plane = values.size >= np.prod(self.shape[-3:])
-        if is_plane and (self._computed is None or isinstance(index, int | np.integer)) and not values.any():
-            raise EmbeddingCacheError(
-                f"{self._name}[{index}] is missing on disk. Compute the embeddings again with overwrite=True, "
-                "or delete the cache."
-            )
-        return values
-
-    def read_all(self) -> np.ndarray:
-        """Read everything into memory, and name the plane if one cannot be read."""
-        try:
-            values = np.asarray(self._array[...], dtype=np.float32)
-            if all(values[i].any() for i in range(len(values))):
-                return values
-        except Exception as error:
-            for i in range(len(self)):
-                self[i]
-            raise read_error(error, self._name) from error
-        return np.stack(list(self))
-
-
 def describe_layout(group: zarr.Group, path: Path) -> dict[str, Any]:
     """What the arrays of a cache say about the input, for the check of the signature."""
-    attrs, features = dict(group.attrs), _node(group, "features", path)
+    attrs, features = dict(group.attrs), open_node(group, "features", path)
     layout = {"ndim": attrs.get("ndim")}
     if features is None:
         return layout
@@ -205,7 +136,7 @@ def describe_layout(group: zarr.Group, path: Path) -> dict[str, Any]:
         first = in_mask[0] if isinstance(in_mask, list) and in_mask else 0
         if isinstance(in_mask, dict):
             first = next((tiles[0] for tiles in in_mask.values() if tiles), None)
-        array = None if first is None or in_mask == [] else _node(features, str(first), path)
+        array = None if first is None or in_mask == [] else open_node(features, str(first), path)
     else:
         array = features
         layout["plane_shape"] = attrs.get("original_size")
@@ -357,7 +288,7 @@ class StoreSink:
         if plan.tiling is None:
             return {None: self._open_array(self._root, "features", {}, None)}
         wanted = tiling_attrs(plan)
-        group = _node(self._root, "features", self._path)
+        group = open_node(self._root, "features", self._path)
         if group is None or dict(group.attrs) != wanted:
             self._done.clear()
             self._log.unlink(missing_ok=True)
@@ -366,7 +297,7 @@ class StoreSink:
 
     def _open_array(self, group: zarr.Group, name: str, attrs: dict, tile: int | None) -> zarr.Array:
         attrs = {key: list(value) for key, value in attrs.items()}
-        if (array := _node(group, name, self._path)) is not None:
+        if (array := open_node(group, name, self._path)) is not None:
             found = (tuple(array.shape), tuple(array.chunks), str(array.dtype), dict(array.attrs))
             if found == (self._shape, self._chunks, self._dtype, attrs):
                 return array
