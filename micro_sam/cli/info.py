@@ -11,7 +11,8 @@ from ._common import EXIT_CODES, FAILED, OK, Parser, run_command
 def get_parser() -> Parser:
     """Return the parser of the command."""
     parser = Parser(
-        "Show versions, devices, the cache directory and the models; say what is missing. Or download models.", EXIT_CODES
+        "Show versions, devices, the cache directory and the models, and what is missing; or download models.",
+        EXIT_CODES,
     )
     parser.add_argument(
         "--download", nargs="+", metavar="NAME",

@@ -94,8 +94,8 @@ class LazyArray:
             raise
         except Exception as error:  # each format library has errors of its own for damaged files
             raise ImageReadError(
-                f"Could not read image data of {self._name}: {error or type(error).__name__}. The file is damaged, "
-                "incomplete or stored in a way that is not supported; try to open it elsewhere and save it again."
+                f"Could not read image data of {self._name}: {str(error).strip() or type(error).__name__}. The file is "
+                "damaged, incomplete or stored in a way that is not supported; open it elsewhere and save it again."
             ) from error
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

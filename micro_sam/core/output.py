@@ -6,6 +6,7 @@ Each output carries a record of how it was made: as JSON in the description of a
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -246,7 +247,8 @@ def write_labels(
     elif not path.name.lower().endswith(_OME_ZARR):
         import zarr
         with _temporary(path, is_folder=True) as new:
-            array = zarr.create_array(str(new), data=labels, chunks=_chunks(labels.shape))
+            array = zarr.create_array(str(new), shape=labels.shape, dtype=labels.dtype, chunks=_chunks(labels.shape))
+            _fill(array, labels)
             array.attrs.update(record)
     else:
         _write_ome_zarr(path, target, labels, record, scale)
@@ -255,6 +257,14 @@ def write_labels(
 
 def _chunks(shape: Sequence[int]) -> tuple[int, ...]:
     return (*[1] * (len(shape) - 2), *(min(512, s) for s in shape[-2:]))
+
+
+def _fill(array, labels: np.ndarray) -> None:
+    """Write chunk by chunk: zarr writes many at once in threads, which go on after one has failed."""
+    grid = [range(0, size, chunk) for size, chunk in zip(labels.shape, array.chunks)]
+    for start in itertools.product(*grid):
+        chunk = tuple(slice(a, a + c) for a, c in zip(start, array.chunks))
+        array[chunk] = labels[chunk]
 
 
 def _write_ome_zarr(path: Path, target: Path, labels: np.ndarray, record: dict[str, Any], scale) -> None:
@@ -269,7 +279,10 @@ def _write_ome_zarr(path: Path, target: Path, labels: np.ndarray, record: dict[s
         while True:
             level = str(len(datasets))
             separator = {"chunk_key_encoding": {"name": "v2", "separator": "/"}} if old else {}
-            group.create_array(level, data=np.ascontiguousarray(labels), chunks=_chunks(labels.shape), **separator)
+            array = group.create_array(
+                level, shape=labels.shape, dtype=labels.dtype, chunks=_chunks(labels.shape), **separator
+            )
+            _fill(array, labels)
             size = [s * (factor if a != "z" else 1) for a, s in zip(axes, scale or [1.0] * len(axes))]
             datasets.append({"path": level, "coordinateTransformations": [{"type": "scale", "scale": size}]})
             if max(labels.shape[-2:]) <= _PYRAMID_SIDE:

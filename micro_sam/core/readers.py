@@ -63,9 +63,13 @@ def _reading(path: Path) -> Iterator[None]:
         raise ImageReadError(f"No permission to read {path}. Change its permissions, or copy it.") from error
     except Exception as error:
         raise ImageReadError(
-            f"Could not read an image from {path}: {error or type(error).__name__}. The file is damaged, incomplete, "
+            f"Could not read an image from {path}: {_first_line(error)}. The file is damaged, incomplete, "
             "or not of the format that its name says; try to open it elsewhere and save it again."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def open_source(path: Path, key: str | None = None, level: int | None = None, series: int | None = None) -> Source:
@@ -183,7 +187,7 @@ def _open_picture(path: Path) -> Source:
     import imageio.v3 as imageio
 
     with _reading(path):
-        data = np.asarray(imageio.imread(path))
+        data = np.asarray(imageio.imread(path, plugin="pillow"))
     if data.ndim == 3 and data.shape[-1] == 2:  # grey and alpha
         data = data[..., 0]
     return Source(data, {2: "YX", 3: "YXS", 4: "TYXS"}.get(data.ndim))
@@ -193,9 +197,12 @@ def _open_mrc(path: Path) -> Source:
     import mrcfile
 
     with _reading(path):
+        header = np.fromfile(path, "<i4", 24)
+        if len(header) < 24 or all(header.view(order)[23] > path.stat().st_size for order in ("<u4", ">u4")):
+            raise ValueError("its header gives impossible sizes")
         with mrcfile.mmap(path, mode="r", permissive=True) as file:
             if file.data is None:
-                raise ImageReadError(f"{path} holds no image data: the file is damaged or incomplete.")
+                raise ValueError("it holds no data")
             size = {a: float(file.voxel_size[a.lower()]) for a in "ZYX"}
             data = np.memmap(path, file.data.dtype, "r", file.data.offset, file.data.shape)
         return Source(data, {2: "YX", 3: "ZYX"}.get(data.ndim), size if all(size.values()) else None)
