@@ -265,7 +265,7 @@ def segment(
         level: Which level of a pyramid to take.
         series: Which image to take of a file with several ones.
         tile_shape: Tile shape (y, x) in pixels; None shrinks the image to what the model sees at once; `auto` tiles
-            large images, see `auto_tiling`.
+            large images, see `segmentation.workflow.choose_strategy`.
         halo: Overlap (y, x) of the tiles in pixels.
         device: The device; None chooses it.
         embedding_path: Where to keep the embeddings; None keeps them in memory.
@@ -293,7 +293,7 @@ def segment(
     plan = plan_image(loaded, opened.shape, tile_shape, halo, generate_kwargs, None if checkpoint else model)
     data = opened.data if plan.work["tile_shape"] is not None else opened.read()
     steps = segmentation_steps(
-        loaded.predictor, plan.segmenter, data, embedding_path=embedding_path, batch_size=batch_size, **plan.work
+        plan.model.predictor, plan.segmenter, data, embedding_path=embedding_path, batch_size=batch_size, **plan.work
     )
     return drain(steps, verbose=verbose)[0]
 

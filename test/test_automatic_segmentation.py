@@ -26,7 +26,7 @@ from micro_sam.models.specs import SHIPPED_MODEL
 from micro_sam.segmentation import workflow
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
 from micro_sam.segmentation.settings import mode_of
-from micro_sam.segmentation.workflow import auto_tiling, segmentation_steps
+from micro_sam.segmentation.workflow import Strategy, choose_strategy, segmentation_steps
 
 # The decoder has random weights: these thresholds make it find something.
 LOOSE = {"center_distance_threshold": 0.6, "boundary_distance_threshold": 0.7, "foreground_threshold": 0.4}
@@ -70,19 +70,36 @@ def test_tiled_one_liner_is_the_tiled_segmenter(cells_image, tiled_ais, tiny_che
 
 
 @pytest.mark.parametrize(
-    ("model", "canvas", "shape", "tile", "halo"),
+    ("shape", "tile_shape", "expected"),
     [
-        (SHIPPED_MODEL, 512, (512, 512), None, None),
-        (SHIPPED_MODEL, 512, (300, 513), (384, 384), (64, 64)),
-        ("vit_b_lm", 1024, (2048, 1500), None, None),
-        ("vit_b_lm", 1024, (1500, 2049), (768, 768), (128, 128)),
+        ((512, 512), "auto", Strategy(512, normalization="image")),
+        ((300, 513), "auto", Strategy(1024, normalization="image")),
+        ((300, 513), None, Strategy(1024, normalization="image")),
+        ((1024, 1025), "auto", Strategy(1024, (768, 768), (128, 128), "image")),
+        ((1024, 1025), (384, 384), Strategy(512, (384, 384), (48, 48), "image")),
     ],
 )
-def test_auto_tiling(model, canvas, shape, tile, halo):
-    tiling = auto_tiling(model, canvas, shape)
-    assert (tiling and tiling.tile_shape, tiling and tiling.halo) == (tile, halo)
-    if tiling is not None:
-        assert tiling.tile_shape[0] + 2 * tiling.halo[0] == canvas, "tiles are seen at full resolution"
+def test_strategy_of_the_shipped_model(shape, tile_shape, expected):
+    assert choose_strategy(SHIPPED_MODEL, 512, shape, tile_shape) == expected
+
+
+def test_strategy_of_other_models():
+    assert choose_strategy("vit_b_lm", 1024, (2048, 1500)) == Strategy()
+    assert choose_strategy("vit_b_lm", 1024, (1500, 2049)) == Strategy(None, (768, 768), (128, 128))
+    assert choose_strategy("vit_b_lm", 1024, (1500, 2049), None) == Strategy()
+    with pytest.raises(InvalidInputError, match="'automatic'"):
+        choose_strategy("vit_b_lm", 1024, (1500, 2049), "automatic")
+
+
+def test_shipped_model_with_another_canvas(rgb_image):
+    """The canvas grows with the image; the weights are those of the same file."""
+    model = workflow.load_model(SHIPPED_MODEL, device="cpu")
+    plan = workflow.plan_image(model, (600, 400), "auto", None, {}, SHIPPED_MODEL)
+    assert (model.canvas, plan.model.canvas) == (512, 1024)
+    assert plan.model.predictor._hash == model.predictor._hash
+    assert workflow.plan_image(model, (600, 600), "auto", None, {}, SHIPPED_MODEL).model is plan.model
+    labels = segment(rgb_image, SHIPPED_MODEL, device="cpu")
+    assert labels.max() > 3, "nuclei are found"
 
 
 def test_large_image_is_tiled_by_itself(cells_image, tiny_checkpoint):

@@ -173,7 +173,7 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
             tiles = None
         plan = plan_image(model, image.shape, tiles, args.halo, options, None if spec is None else spec.name)
         data = image.data if plan.work["tile_shape"] is not None else image.read()
-        settings = output_settings(model.predictor, plan.segmenter, data, **plan.work)
+        settings = output_settings(plan.model.predictor, plan.segmenter, data, **plan.work)
         report.model["hash"] = settings["model_hash"]
         if is_done(output, settings, args.overwrite, args.label_name):
             result.status = "skipped"
@@ -182,8 +182,8 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
         def steps(**more):
             work = {**plan.work, "embedding_options": {**(plan.work["embedding_options"] or {}), **more}}
             return segmentation_steps(
-                model.predictor, plan.segmenter, data, embedding_path=embedding_paths[n], batch_size=args.batch_size,
-                **work,
+                plan.model.predictor, plan.segmenter, data, embedding_path=embedding_paths[n],
+                batch_size=args.batch_size, **work,
             )
 
         try:
