@@ -23,6 +23,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from segment_anything import SamPredictor
 
+from micro_sam.embeddings.encode import precompute_image_embeddings
 from micro_sam.models.build_sam import build_sam
 from micro_sam.models.decoder import get_decoder
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
@@ -92,12 +93,17 @@ class Model:
         return self.loaded[size]
 
     def initialize(self, image: np.ndarray, strategy: str) -> InstanceSegmentationWithDecoder:
-        """Run the network. Strategies: a canvas size; `auto` (512, and 1024 for larger images); `tiled:512:64`."""
+        """Run the network on a canvas, or on tiles with one contrast stretch for all, see `--strategy`."""
         if strategy.startswith("tiled"):
-            size, halo = (int(v) for v in strategy.split(":")[1:])
+            size, tile, halo = (int(v) for v in strategy.split(":")[1:])
             if max(image.shape[:2]) > size:
-                segmenter = TiledInstanceSegmentationWithDecoder(*self._load(size))
-                segmenter.initialize(image, tile_shape=(size - 2 * halo,) * 2, halo=(halo, halo))
+                predictor, decoder = self._load(size)
+                embeddings = precompute_image_embeddings(
+                    predictor, image, ndim=2, tile_shape=(tile, tile), halo=(halo, halo), normalization="image",
+                    verbose=False,
+                )
+                segmenter = TiledInstanceSegmentationWithDecoder(predictor, decoder)
+                segmenter.initialize(image, embeddings)
                 return segmenter
             strategy = str(size)
         size = (512 if max(image.shape[:2]) <= 512 else 1024) if strategy == "auto" else int(strategy)
@@ -154,7 +160,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/")
     parser.add_argument("--names", type=Path, help="text file with the image names to use; default: all")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--strategy", default="auto", help="auto, 512, 1024 or tiled:SIZE:HALO")
+    parser.add_argument("--strategy", default="auto", help="a canvas, auto (512 or 1024), or tiled:CANVAS:TILE:HALO")
     parser.add_argument("--larger-than", type=int, default=0, help="only images with a longer side than this")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON with arguments of generate")
     parser.add_argument("--tune", action="store_true", help="search the thresholds (not on data to be reported)")
