@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from test_image import TrackingArray
 
 import micro_sam
 from micro_sam import automatic_segmentation
@@ -206,6 +207,13 @@ def test_embeddings_are_kept_and_returned(tmp_path, cells_image, tiled_ais):
     finally:
         del predictor.model.image_encoder.forward
     np.testing.assert_array_equal(again, labels)
+
+
+def test_tiled_input_is_read_tile_by_tile(cells_image, tiny_checkpoint):
+    large = TrackingArray(np.tile(cells_image, (3, 3)))
+    labels = segment(large, checkpoint=tiny_checkpoint, device="cpu", **TILES, **LOOSE)
+    assert labels.max() > 0
+    assert max(large.blocks) <= (64 + 32) * (80 + 32), "never the whole image"
 
 
 def test_mask_selects_tiles(cells_image, tiled_ais):

@@ -33,12 +33,13 @@ class TrackingArray:
     """A lazy array that counts the values read from it."""
 
     def __init__(self, array):
-        self._array, self.n_read = array, 0
+        self._array, self.n_read, self.blocks = array, 0, []
         self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
 
     def __getitem__(self, key):
         block = self._array[key]
         self.n_read += block.size
+        self.blocks.append(block.size)
         return block
 
 
