@@ -115,6 +115,16 @@ def test_pattern_is_sorted_and_collisions_are_found(run, tmp_path, cells_image, 
     assert "would both be written to" in err
 
 
+def test_an_image_is_never_replaced_by_its_labels(run, tmp_path, image, no_model):
+    before = image.read_bytes()
+    for output in (image, image.with_suffix(""), tmp_path, f"{tmp_path}/"):
+        code, _, err = run("-i", image, "-o", output, "--overwrite")
+        assert (code, "would replace" in err) == (2, True)
+    code, _, err = run("-i", tmp_path, "-o", tmp_path, "--overwrite")
+    assert (code, "would replace" in err) == (2, True)
+    assert image.read_bytes() == before
+
+
 def test_several_files_and_formats(run, tmp_path, cells_image, image):
     imageio.imwrite(tmp_path / "b.png", cells_image)
     assert run("-i", image, tmp_path / "b.png", "-o", tmp_path / "out", "--output_format", "zarr")[0] == 0
@@ -162,6 +172,7 @@ def test_apg_and_text_option(run, image, tmp_path):
         (["--tile_shap", "3", "3"], "'--tile_shape'"),
         (["--tile_shape", "3"], "two positive integers"),
         (["--tile_shape", "none", "--halo", "3", "3"], "belongs to tiles"),
+        (["--halo", "3", "3"], "belongs to tiles"),
         (["--batch_size", "0"], "positive integer"),
         (["--tracking"], "not part of this version yet"),
         (["--annotate"], "not part of this version yet"),
@@ -188,6 +199,18 @@ def test_volumes_are_refused_before_the_model_is_loaded(run, tmp_path, no_model)
     assert "--axes CYX" in err
     code, _, err = run("-i", tmp_path, "-k", "*.tif", "-o", tmp_path / "o.tif")
     assert (code, "--pattern '*.tif'" in err) == (2, True)
+
+
+def test_warning_of_too_little_memory(run, image, tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 400_000})())
+    tiles = ["--tile_shape", "64", "64"]
+    code, _, err = run("-i", image, "-o", tmp_path / "o.tif", *tiles)
+    assert code == 0
+    assert "needs about 0.0 GB of memory" in err
+    assert "(-e)" in err
+    # 128 x 160 pixels of 28 bytes, and 6 tiles of 256 x 16 x 16 float32
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 573_440 + 6 * 262_144})())
+    assert run("-i", image, "-o", tmp_path / "o2.tif", *tiles)[2] == ""
 
 
 def test_traceback_only_on_request(run, tmp_path, monkeypatch):

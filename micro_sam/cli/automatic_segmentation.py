@@ -83,21 +83,29 @@ def _paths(args: argparse.Namespace) -> tuple[list[Path], list[Path], list[Path 
             raise InvalidInputError(f"--pattern selects files of a folder, but {first} is none.")
         if args.output_path.endswith(("/", "\\")) or (output.is_dir() and not is_zarr(output)):
             output = output / f"{label_stem(first)}{_FORMATS[args.output_format]}"
-        return [first], [label_path(output)], [embeddings]
+        output = label_path(output)
+        # Labels may go into an OME-Zarr image, next to the pixels.
+        if output.resolve() == first.resolve() and not output.name.lower().endswith(".ome.zarr"):
+            raise InvalidInputError(f"The labels would replace the image {first} itself. Choose another output.")
+        return [first], [output], [embeddings]
     if len(args.input_path) == 1 and first.is_dir() and args.key is not None and has_pattern(args.key):
         raise UnsupportedError(
             f"The folder {first} with the key {args.key!r} is a stack, and volumes are not part of this version yet. "
             f"To segment its images one by one, pass --pattern {args.key!r} instead of the key."
         )
     inputs = find_inputs(args.input_path, args.pattern, args.recursive)
+    images = [f.path for f in inputs]
     if output.is_file():
         raise InvalidInputError(f"For several images the output must be a folder, but {output} is a file.")
     folder = output.with_suffix("") if output.suffix in (".tif", ".tiff") else output
     outputs = name_outputs(inputs, folder, _FORMATS[args.output_format])
+    same = {p.resolve() for p in images} & {p.resolve() for p in outputs}
+    if same:
+        raise InvalidInputError(f"The labels of {min(same)} would replace the image itself. Choose another folder.")
     if embeddings is None:
-        return [f.path for f in inputs], outputs, [None] * len(inputs)
+        return images, outputs, [None] * len(inputs)
     folder = embeddings.with_suffix("") if embeddings.suffix == ".zarr" else embeddings
-    return [f.path for f in inputs], outputs, list(name_outputs(inputs, folder, ".zarr"))
+    return images, outputs, list(name_outputs(inputs, folder, ".zarr"))
 
 
 def _open(args: argparse.Namespace, result: Result) -> Any:
@@ -113,7 +121,8 @@ def _open(args: argparse.Namespace, result: Result) -> Any:
     return image
 
 
-def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be done, before anything is imported or opened."""
     for name in ("tracking", "annotate"):
         if getattr(args, name):
             raise UnsupportedError(
@@ -121,27 +130,15 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
             )
     if args.batch_size < 1:
         raise InvalidInputError(f"--batch_size must be a positive integer, but is {args.batch_size}.")
-    tile_shape = parse_tile_shape(args.tile_shape, "auto")
-    if args.halo is not None and tile_shape is None:
+    if args.halo is not None and parse_tile_shape(args.tile_shape, None) is None:
         raise InvalidInputError("--halo belongs to tiles. Pass --tile_shape as well, or leave out --halo.")
-    paths, outputs, embedding_paths = _paths(args)
-    console = Console(args)
 
-    from ..core.output import is_done, write_labels
-    from ..core.progress import drain
+
+def _parse_options(parser: Parser, args: argparse.Namespace, extra: Sequence[str], spec: Any) -> dict[str, Any]:
+    """The options of the mode; if only the checkpoint knows the mode, those of all modes."""
     from ..segmentation.factory import SEGMENTER_CLASSES
     from ..segmentation.settings import generate_options, init_options
-    from ..segmentation.workflow import (
-        find_model,
-        load_model,
-        output_settings,
-        plan_image,
-        resolve_model,
-        segmentation_steps,
-    )
 
-    model_name = resolve_model(args.model_type, args.checkpoint)
-    spec = find_model(model_name, args.checkpoint, args.mode)
     if args.mode != "auto":
         modes = [args.mode]
     elif spec is not None and spec.path is None:
@@ -149,12 +146,28 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
     else:
         modes = list(SEGMENTER_CLASSES)
     known = {
-        name: p for mode in modes for tiled in (False, True)
-        for name, p in {**init_options(mode, tiled), **generate_options(mode, tiled)}.items()
+        name: parameter for mode in modes for tiled in (False, True)
+        for name, parameter in {**init_options(mode, tiled), **generate_options(mode, tiled)}.items()
     }
-    own = [a.option_strings[-1].lstrip("-") for a in parser._actions]
+    own = [action.option_strings[-1].lstrip("-") for action in parser._actions]
     # Tiles and batches have options of their own.
-    options = parse_extra(extra, {n: p for n, p in known.items() if n not in own}, own)
+    return parse_extra(extra, {name: p for name, p in known.items() if name not in own}, own)
+
+
+def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
+    _check_arguments(args)
+    # Published models keep what they always did, unless the user asks for tiles.
+    tile_shape = parse_tile_shape(args.tile_shape, "default")
+    paths, outputs, embedding_paths = _paths(args)
+    console = Console(args)
+
+    from ..segmentation.workflow import find_model, load_model, output_settings, plan_image, resolve_model
+
+    model_name = resolve_model(args.model_type, args.checkpoint)
+    spec = find_model(model_name, args.checkpoint, args.mode)
+    options = _parse_options(parser, args, extra, spec)
+    if tile_shape == "default":
+        tile_shape = "auto" if spec is not None and spec.resource is not None else None
 
     results = [Result(str(p), str(o)) for p, o in zip(paths, outputs)]
     report = Report("automatic_segmentation", {**vars(args), "options": options})
@@ -166,37 +179,58 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
     report.model = {"name": model_name, "checkpoint": args.checkpoint, "mode": model.mode}
 
     def work(n: int, result: Result) -> str:
+        from ..core.output import is_done, write_labels
+
         image, output = _open(args, result), Path(result.output)
-        # A published model that the user did not ask to tile keeps what it always did.
-        tiles = tile_shape
-        if args.tile_shape is None and not (spec is not None and spec.resource is not None):
-            tiles = None
-        plan = plan_image(model, image.shape, tiles, args.halo, options, None if spec is None else spec.name)
+        plan = plan_image(model, image.shape, tile_shape, args.halo, options, None if spec is None else spec.name)
         data = image.data if plan.work["tile_shape"] is not None else image.read()
         settings = output_settings(plan.model.predictor, plan.segmenter, data, **plan.work)
         report.model["hash"] = settings["model_hash"]
         if is_done(output, settings, args.overwrite, args.label_name):
             result.status = "skipped"
             return f"{image.name}: nothing to do, {output} was made with the same settings"
-
-        def steps(**more):
-            work = {**plan.work, "embedding_options": {**(plan.work["embedding_options"] or {}), **more}}
-            return segmentation_steps(
-                plan.model.predictor, plan.segmenter, data, embedding_path=embedding_paths[n],
-                batch_size=args.batch_size, **work,
-            )
-
-        try:
-            labels, _ = drain(steps(), verbose=console.show_bars)
-        except EmbeddingMismatchError:
-            if not args.overwrite:
-                raise
-            labels, _ = drain(steps(overwrite=True), verbose=console.show_bars)
+        _warn_of_memory(plan, image, embedding_paths[n] is not None)
+        labels = _segment(plan, data, embedding_paths[n], args, console)
         target = write_labels(output, labels, settings, scale=image.scale, name=args.label_name)
         result.output, result.n_objects = str(target), _count(labels)
         return f"{image.name}: {result.n_objects} objects -> {target}"
 
     return run_files(results, work, report, console)
+
+
+def _segment(plan: Any, data: Any, embedding_path: Path | None, args: argparse.Namespace, console: Console) -> Any:
+    """Segment one image; embeddings of other settings are replaced only with `--overwrite`."""
+    from ..core.progress import drain
+    from ..segmentation.workflow import segmentation_steps
+
+    def run(**more: Any) -> Any:
+        work = {**plan.work, "embedding_options": {**(plan.work["embedding_options"] or {}), **more}}
+        steps = segmentation_steps(
+            plan.model.predictor, plan.segmenter, data, embedding_path=embedding_path, batch_size=args.batch_size,
+            **work,
+        )
+        return drain(steps, verbose=console.show_bars)[0]
+
+    try:
+        return run()
+    except EmbeddingMismatchError:
+        if not args.overwrite:
+            raise
+        return run(overwrite=True)
+
+
+def _warn_of_memory(plan: Any, image: Any, on_disk: bool) -> None:
+    import psutil
+
+    from ..segmentation.workflow import estimate_memory
+
+    needed, free = estimate_memory(plan, image.shape, on_disk), psutil.virtual_memory().available
+    if needed > free:
+        remedy = "Choose a lower resolution (--level)" if on_disk else "Keep the embeddings on disk (-e)"
+        print(
+            f"warning: {image.name} needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free. "
+            f"{remedy}, or free some memory.", file=sys.stderr, flush=True,
+        )
 
 
 def _count(labels) -> int:
