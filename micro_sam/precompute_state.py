@@ -17,9 +17,10 @@ from .core.progress import Step, Steps, drain
 from .embeddings.encode import ImageEmbeddings, embedding_steps
 from .embeddings.signature import compute_data_signature
 from .models.specs import DEFAULT_MODEL
-from .segmentation.ais import InstanceSegmentationWithDecoder, select_plane
+from .segmentation.ais import InstanceSegmentationWithDecoder
 from .segmentation.amg import AMGBase
 from .segmentation.factory import get_instance_segmentation_generator
+from .segmentation.planes import select_plane
 from .segmentation.settings import check_options, full_options, init_options, model_settings
 from .segmentation.state_files import read_amg_state, read_maps, write_amg_state, write_maps
 from .segmentation.workflow import LoadedModel, initialize_steps, load_model
@@ -45,7 +46,7 @@ def _settings(segmenter, predictor, decoder, plane, image_embeddings, kwargs: Ma
         "image": compute_data_signature(plane),
         "shape": list(_plane_shape(image_embeddings)),
         **_tiling(image_embeddings),
-        "options": {k: v for k, v in full_options(type(segmenter), kwargs).items() if k != "points_per_batch"},
+        "options": full_options(type(segmenter), kwargs),
     }
 
 

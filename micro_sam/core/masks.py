@@ -165,7 +165,6 @@ def suppress_masks(
     threshold: float,
     intersection_over_min: bool = False,
     use_boxes: bool = False,
-    groups: Sequence[int] | None = None,
 ) -> list[int]:
     """Greedy non-maximum suppression: visit masks by descending score, drop those that overlap a kept one too much.
 
@@ -175,7 +174,6 @@ def suppress_masks(
         threshold: A mask is dropped if its overlap with a kept mask is larger than this.
         intersection_over_min: Divide the intersection by the smaller area instead of by the union.
         use_boxes: Compare the boxes of the masks instead of their pixels.
-        groups: One number per mask; masks of the same group are not compared. None compares all.
 
     Returns:
         Indices of the kept masks, by descending score.
@@ -187,7 +185,7 @@ def suppress_masks(
         a = masks[i]
         if a.area and any(
             _overlap(a, masks[j], threshold, intersection_over_min, use_boxes) > threshold
-            for j in index.overlapping(a.box) if groups is None or groups[i] != groups[j]
+            for j in index.overlapping(a.box)
         ):
             continue
         kept.append(i)

@@ -42,6 +42,15 @@ class PredictedMask:
         return full
 
 
+@dataclass(frozen=True)
+class Support:
+    """Where a mask can be: `pixels` (y, x) of the image, the `reach` (y, x) of logits they depend on, and these."""
+
+    pixels: tuple[slice, slice]
+    reach: tuple[slice, slice]
+    logits: torch.Tensor
+
+
 class MaskUpsampler:
     """Upsamples logits of one image.
 
@@ -77,27 +86,40 @@ class MaskUpsampler:
         Returns:
             The masks `upsampled > threshold`.
         """
+        supports = self.supports(logits, thresholds, offset)
+        return [self.mask(support, threshold, offset) for support, threshold in zip(supports, thresholds.tolist())]
+
+    def supports(
+        self, logits: torch.Tensor, thresholds: torch.Tensor, offset: float = 1.0
+    ) -> list[Support | None]:
+        """Find where masks can be, without upsampling anything; arguments as for `masks`.
+
+        Returns:
+            What `mask` needs for each mask. It refers to `logits`; None if the mask is certainly empty.
+        """
         return [
-            self._mask(mask, threshold, offset, window)
-            for mask, threshold, window in zip(
-                logits, thresholds.tolist(), _windows(logits, thresholds - offset - _MARGIN)
-            )
+            None if window is None else self._support(mask, window)
+            for mask, window in zip(logits, _windows(logits, thresholds - offset - _MARGIN))
         ]
 
-    def _mask(self, logits, threshold: float, offset: float, window) -> PredictedMask:
-        pieces = []
-        for (low, high), (first, last) in zip(window or (), self._reach):
+    def _support(self, logits: torch.Tensor, window) -> Support | None:
+        pixels, reach = [], []
+        for (low, high), (first, last) in zip(window, self._reach):
             start = int(np.searchsorted(last, low, side="left"))
             stop = int(np.searchsorted(first, high, side="right"))
             if start >= stop:
-                break
-            pieces.append((slice(start, stop), slice(int(first[start]), int(last[stop - 1]) + 1)))
-        if len(pieces) < 2:
-            return PredictedMask((0, 0), np.zeros((0, 0), dtype=bool), 0, float("nan"))
+                return None  # in the padding
+            pixels.append(slice(start, stop))
+            reach.append(slice(int(first[start]), int(last[stop - 1]) + 1))
+        return Support(tuple(pixels), tuple(reach), logits[tuple(reach)])
 
-        (y, from_y), (x, from_x) = pieces
+    def mask(self, support: Support | None, threshold: float, offset: float = 1.0) -> PredictedMask:
+        """Upsample and threshold the logits of one mask; arguments as for `masks`."""
+        if support is None:
+            return PredictedMask((0, 0), np.zeros((0, 0), dtype=bool), 0, float("nan"))
+        (y, x), (from_y, from_x) = support.pixels, support.reach
         rows, columns = self._matrices
-        values = rows[y, from_y] @ (logits[from_y, from_x] @ columns[x, from_x].T)
+        values = rows[y, from_y] @ (support.logits @ columns[x, from_x].T)
         values = values.cpu().numpy()
         union = int(np.count_nonzero(values > threshold - offset))
         stability = np.count_nonzero(values > threshold + offset) / union if union else float("nan")

@@ -1,6 +1,6 @@
 """Automatic instance segmentation (AIS): a decoder predicts three maps, a watershed finds the instances in them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ from segment_anything import SamPredictor
 from .._tiled_prompting import embedding_tiling
 from ..core.errors import DecoderMissingError, InvalidInputError, ModelError, NotInitializedError
 from ..core.progress import Step, Steps, drain
-from ..core.tiling import Tile, TileSpec
+from ..core.tiling import Tile
 from ..embeddings.encode import ImageEmbeddings, embedding_steps, set_precomputed
+from .planes import check_plane, is_blank, select_plane, tiles_to_process
 from .watershed import (
     WatershedOptions,
     block_watershed,
@@ -54,25 +55,6 @@ def labels_to_records(segmentation: np.ndarray) -> list[Record]:
             "crop_box": list(crop_box), "seg_id": int(id_),
         })
     return records
-
-
-def _is_blank(image: np.ndarray) -> bool:
-    """Whether there is nothing to see: all values are equal, in each channel."""
-    image = np.asarray(image)
-    first = image[:1, :1]
-    return bool((image == first).all())
-
-
-def select_plane(image, i: int | None, plane_shape: Sequence[int] | None, ndim: int = 2):
-    """Return the plane (Y, X[, C]) of an image that may be the plane itself or the stack of which `i` is a plane."""
-    shape = tuple(image.shape)
-    if i is None:
-        return image
-    is_plane = plane_shape is None or shape[:2] == tuple(plane_shape)
-    is_stack = len(shape) >= 3 and (plane_shape is None or shape[1:3] == tuple(plane_shape))
-    if is_plane and is_stack:  # decide by the number of axes; colour has three or four channels
-        is_stack = ndim == 3 or len(shape) == 4 or shape[-1] not in (3, 4)
-    return image[i] if is_stack else image
 
 
 class InstanceSegmentationWithDecoder:
@@ -146,9 +128,9 @@ class InstanceSegmentationWithDecoder:
             )
         set_precomputed(self._predictor, image_embeddings, i=i)
         shape = tuple(self._predictor.original_size)
-        image = _check_plane(image, i, shape, ndim)
+        image = check_plane(image, i, shape, ndim)
         yield Step(0, 1, "Run decoder")
-        if image is not None and _is_blank(image):
+        if image is not None and is_blank(image):
             maps = np.zeros((3, *shape), dtype=np.float32)
         else:
             maps = self._decode(self._predictor.features, self._predictor.input_size, shape)[0]
@@ -265,19 +247,6 @@ class InstanceSegmentationWithDecoder:
         self._remember(dict.fromkeys(MAP_NAMES), None, None)
 
 
-def _check_plane(image, i: int | None, shape: tuple[int, int], ndim: int = 2):
-    """The plane of the image, checked against the embeddings; None stays None."""
-    if image is None:
-        return None
-    plane = select_plane(image, i, shape, ndim)
-    if tuple(plane.shape[:2]) != shape:
-        raise InvalidInputError(
-            f"The image has the shape {tuple(image.shape)}, but its embeddings are of an image of shape {shape}. "
-            "Pass the image for which the embeddings were computed."
-        )
-    return plane
-
-
 class TiledInstanceSegmentationWithDecoder(InstanceSegmentationWithDecoder):
     """Like `InstanceSegmentationWithDecoder`, with tiled embeddings.
 
@@ -340,10 +309,10 @@ class TiledInstanceSegmentationWithDecoder(InstanceSegmentationWithDecoder):
                 self._predictor, image, ndim=2, tile_shape=tile_shape, halo=halo, batch_size=batch_size, mask=mask
             )
         tiling = embedding_tiling(image_embeddings, tile_shape, halo)
-        image = _check_plane(image, i, tiling.shape)
+        image = check_plane(image, i, tiling.shape)
         tiles = [
-            tile for tile in _tiles_to_process(image_embeddings, tiling, i, mask)
-            if image is None or not _is_blank(image[tile.outer])
+            tile for tile in tiles_to_process(image_embeddings, tiling, i, mask)
+            if image is None or not is_blank(image[tile.outer])
         ]
         maps = np.zeros((3, *tiling.shape), dtype=np.float32)
         done = 0
@@ -358,19 +327,6 @@ class TiledInstanceSegmentationWithDecoder(InstanceSegmentationWithDecoder):
             done += len(batch)
             yield Step(done, len(tiles), "Run decoder for tiles")
         self._remember(dict(zip(MAP_NAMES, maps)), image_embeddings, i)
-
-
-def _tiles_to_process(image_embeddings, tiling: TileSpec, i: int | None, mask) -> list[Tile]:
-    in_mask = image_embeddings["features"].attrs.get("tiles_in_mask")
-    if isinstance(in_mask, Mapping):
-        in_mask = in_mask.get(str(i), [])
-    tiles = [tiling[int(k)] for k in (range(len(tiling)) if in_mask is None else sorted(in_mask))]
-    if mask is None:
-        return tiles
-    mask = select_plane(np.asarray(mask), i, tiling.shape)
-    if mask.shape != tiling.shape:
-        raise InvalidInputError(f"The mask must have the shape {tiling.shape} of the image, but has {mask.shape}.")
-    return [tile for tile in tiles if mask[tile.outer].any()]
 
 
 def _batches(image_embeddings, tiles: list[Tile], batch_size: int) -> Iterator[list[Tile]]:

@@ -13,7 +13,10 @@ from ..embeddings.signature import model_identity
 from .factory import SEGMENTER_CLASSES
 
 # Arguments that say how to work, not what comes out, and those that the workflow sets itself.
-_NOT_SETTINGS = {"n_threads", "optimize_memory", "segmentation", "output_mode", "tile_shape", "halo", "batch_size"}
+_NOT_SETTINGS = {
+    "n_threads", "optimize_memory", "segmentation", "output_mode", "tile_shape", "halo", "batch_size",
+    "points_per_batch",
+}
 
 
 def mode_of(segmenter: Any) -> str:
