@@ -399,9 +399,9 @@ def test_otsu_threshold_equals_its_definition():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 4, (4, 20, 34)).astype(np.float32)
     logits[1] = ndimage.gaussian_filter(logits[1], 3) * 9
-    logits[2] = np.where(np.arange(34) > 20, 5, -6) + rng.normal(0, 1, (20, 34))
+    logits[2] = np.where(np.arange(34) > 20, 12, 3) + rng.normal(0, 1, (20, 34))
     logits[3] = -3
     thresholds = otsu_thresholds(torch.from_numpy(logits))
     np.testing.assert_allclose(thresholds, [brute_force_otsu(mask) for mask in logits], atol=1e-5)
-    assert (thresholds > 0).sum() >= 2  # otherwise only the clamp would be tested
+    assert thresholds[2] > 1  # not the clamp
     assert otsu_thresholds(torch.zeros(0, 20, 34)).shape == (0,)
