@@ -11,6 +11,11 @@ from .core.errors import InvalidInputError, InvalidTypeError
 _RLE_IMPLEMENTATIONS = ("default", "numpy", "numba", "bioimage_cpp")
 
 
+def _check_bool(masks: torch.Tensor) -> None:
+    if masks.dtype != torch.bool:
+        raise InvalidTypeError(f"Masks must be bool tensors, but got {masks.dtype}. Threshold them first.")
+
+
 def batched_mask_to_box(masks: torch.Tensor) -> torch.Tensor:
     """Compute the bounding boxes of masks.
 
@@ -23,8 +28,7 @@ def batched_mask_to_box(masks: torch.Tensor) -> torch.Tensor:
     Raises:
         InvalidTypeError: If the masks are not bool.
     """
-    if masks.dtype != torch.bool:
-        raise InvalidTypeError(f"Masks must be bool tensors, but got {masks.dtype}. Threshold them first.")
+    _check_bool(masks)
     if masks.numel() == 0:
         return torch.zeros(*masks.shape[:-2], 4, dtype=torch.int, device=masks.device)
     sides = []
@@ -48,7 +52,9 @@ def mask_to_rle_pytorch(tensor: torch.Tensor, rle_implementation: str = "default
 
     Raises:
         InvalidInputError: For an unknown implementation.
+        InvalidTypeError: If the masks are not bool.
     """
+    _check_bool(tensor)
     if rle_implementation not in _RLE_IMPLEMENTATIONS:
         raise InvalidInputError(
             f"rle_implementation must be one of {_RLE_IMPLEMENTATIONS}, but is {rle_implementation!r}."

@@ -349,9 +349,9 @@ def mask_data_to_segmentation(
 
 def _ids(records: Sequence[Mapping[str, Any]]) -> list[int | None]:
     ids = [None if r.get("seg_id") is None else int(r["seg_id"]) for r in records]
-    bad = [i for i in ids if i is not None and i <= 0]
+    bad = [i for i in ids if i is not None and not 0 < i < 2**32]
     if bad:
-        raise InvalidInputError(f"seg_id must be positive (0 is background), but got {bad[0]}.")
+        raise InvalidInputError(f"seg_id must be from 1 to 2**32 - 1 (0 is background), but got {bad[0]}.")
     return ids
 
 

@@ -50,7 +50,7 @@ def area(counts: Sequence[int] | np.ndarray) -> int:
 def compress(counts: Sequence[int] | np.ndarray) -> str:
     """Return the counts as the string of COCO's compressed encoding.
 
-    From the third count on, the difference to the count two before is stored; numbers are written in groups of five
+    From the fourth count on, the difference to the count two before is stored; numbers are written in groups of five
     bits, the lowest first, as characters from `0` on. See the file format of https://github.com/cocodataset/cocoapi.
     """
     counts = [int(c) for c in counts]
