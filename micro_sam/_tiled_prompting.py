@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from segment_anything import SamPredictor
 
-from .core.errors import InvalidInputError
+from .core.errors import InvalidInputError, UnsupportedError
 from .core.prompts import BatchedPrompts
 from .core.tiling import Tile, TileSpec
 from .embeddings.encode import ImageEmbeddings, set_precomputed
@@ -33,6 +33,12 @@ def embedding_tiling(
     return tiling
 
 
+def check_no_masks(prompts: BatchedPrompts) -> None:
+    """Raise `UnsupportedError` for mask prompts."""
+    if prompts.logits is not None:
+        raise UnsupportedError("Mask prompts are not supported with tiles. Use boxes or points.")
+
+
 def tile_predictions(
     predictor: SamPredictor,
     image_embeddings: ImageEmbeddings,
@@ -41,7 +47,12 @@ def tile_predictions(
     i: int | None,
     **options,
 ) -> Iterator[tuple[Tile, list[Prediction]]]:
-    """Yield `(tile, predictions)` for the tiles with prompts, ascending; masks are in coordinates of the tile."""
+    """Yield `(tile, predictions)` for the tiles with prompts, ascending; masks are in coordinates of the tile.
+
+    Raises:
+        UnsupportedError: For mask prompts.
+    """
+    check_no_masks(prompts)
     tile_ids = _assign(tiling, prompts)
     for tile_id in np.unique(tile_ids):
         tile, index = tiling[int(tile_id)], np.flatnonzero(tile_ids == tile_id)

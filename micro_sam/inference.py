@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from segment_anything import SamPredictor
 
-from ._tiled_prompting import embedding_tiling, tile_predictions
+from ._tiled_prompting import check_no_masks, embedding_tiling, tile_predictions
 from .core.errors import InvalidInputError, UnsupportedError
 from .core.labels import apply_nms, mask_data_to_segmentation
 from .core.progress import Step, Steps, drain
@@ -223,15 +223,14 @@ def batched_tiled_inference(
         InvalidInputError: For missing or unfitting prompts (naming the first one), embeddings or options.
         UnsupportedError: For mask prompts.
     """
-    if logits_masks is not None:
-        raise UnsupportedError("Mask prompts are not supported with tiles. Use boxes or points.")
     if optimize_memory and not return_instance_segmentation:
         raise InvalidInputError("optimize_memory returns a label image: it needs return_instance_segmentation=True.")
     if nms_kwargs and not optimize_memory:
         raise InvalidInputError(
             f"The options {sorted(nms_kwargs)} are for the merging with optimize_memory=True, which was not asked for."
         )
-    prompts = BatchedPrompts.create(boxes, points, point_labels)
+    prompts = BatchedPrompts.create(boxes, points, point_labels, logits_masks)
+    check_no_masks(prompts)
     check_threshold(mask_threshold, 0.0)
     if image_embeddings is None:
         if image is None or tile_shape is None or halo is None:

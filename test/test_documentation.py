@@ -29,3 +29,22 @@ def test_examples_of_the_library_run(tmp_path, monkeypatch):
     assert {"tissue_purple_labels.tif", "embeddings.zarr", "state.zarr", "labels.ome.zarr"} <= {
         p.name for p in tmp_path.iterdir()
     }
+
+
+def test_links_lead_somewhere():
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in [*ROOT.glob("*.md"), *ROOT.glob("doc/*.md"), *ROOT.glob("*/README.md")]
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+def test_tests_that_the_table_of_weaknesses_names_exist():
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("test/test_*.py"))
+    table = (ROOT / "test" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)`", table)
+    assert len(named) > 50
+    assert [name for name in named if f"def {name}(" not in tests] == []
+    assert [name for name in re.findall(r"`(test_\w+\.py)`", table) if not (ROOT / "test" / name).exists()] == []

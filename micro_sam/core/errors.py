@@ -93,6 +93,12 @@ class UnsupportedError(MicroSamError, NotImplementedError):
     """The feature is not part of this installation or version."""
 
 
+def require_positive_int(name: str, value: object) -> None:
+    """Raise `InvalidInputError` if a number of something is not an integer of at least 1."""
+    if not hasattr(value, "__index__") or value.__index__() < 1:
+        raise InvalidInputError(f"{name} must be a positive integer, but is {value!r}.")
+
+
 def nearest_names(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return a sentence that offers the known names nearest to `name`, for error messages."""
     known = sorted(known)

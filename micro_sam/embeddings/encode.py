@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from segment_anything import SamPredictor
 
-from ..core.errors import EmbeddingCacheError, EmbeddingMismatchError, InvalidInputError
+from ..core.errors import EmbeddingCacheError, EmbeddingMismatchError, InvalidInputError, require_positive_int
 from ..core.normalize import to_image
 from ..core.progress import Step, Steps, drain
 from .cache import auto_cache_path, evict, touch
-from .features import ImageEmbeddings
+from .features import ImageEmbeddings, check_plane_index
 from .memory import MemorySink, feature_shape
 from .normalization import ItemReader, check_normalization
 from .plan import EmbeddingPlan, Item, make_plan
@@ -102,8 +102,7 @@ def embedding_steps(
 
     Closing it cancels the work; what is on disk by then is kept and the next call goes on from there.
     """
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise InvalidInputError(f"batch_size must be a positive integer, but got {batch_size!r}.")
+    require_positive_int("batch_size", batch_size)
     if dtype not in (None, *DTYPES):
         raise InvalidInputError(f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     if zarr_format not in (2, 3):
@@ -346,14 +345,7 @@ def set_precomputed(
         raise InvalidInputError("The embeddings are tiled: pass tile_id to choose the tile to set.")
 
     shape = tuple(features.shape)
-    if len(shape) not in (4, 5):
-        raise InvalidInputError(f"Features must have the shape (1, C, h, w) or (Z, 1, C, h, w), but have {shape}.")
-    if len(shape) == 5 and i is None:
-        raise InvalidInputError(f"The embeddings are of a stack of {shape[0]} planes: pass i to choose the plane.")
-    if len(shape) == 4 and i is not None:
-        raise InvalidInputError(f"The embeddings are of a single plane, but i={i} was given. Leave it out.")
-    if i is not None and not 0 <= i < shape[0]:
-        raise InvalidInputError(f"There is no plane {i}: the embeddings have planes 0 to {shape[0] - 1}.")
+    check_plane_index(shape, i)
     expected = (predictor.model.prompt_encoder.embed_dim, *predictor.model.prompt_encoder.image_embedding_size)
     if shape[-3:] != tuple(expected):
         raise InvalidInputError(

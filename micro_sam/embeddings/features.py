@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import EmbeddingCacheError, MissingTileError
+from ..core.errors import EmbeddingCacheError, InvalidInputError, MissingTileError
 
 ImageEmbeddings = dict[str, Any]
 
@@ -99,6 +99,18 @@ class FeatureArray:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name} {self.shape} {self.store_dtype}>"
+
+
+def check_plane_index(shape: tuple[int, ...], i: int | None) -> None:
+    """Raise `InvalidInputError` if `i` does not choose one plane of features of a shape."""
+    if len(shape) not in (4, 5):
+        raise InvalidInputError(f"Features must have the shape (1, C, h, w) or (Z, 1, C, h, w), but have {shape}.")
+    if len(shape) == 5 and i is None:
+        raise InvalidInputError(f"The embeddings are of a stack of {shape[0]} planes: pass i to choose the plane.")
+    if len(shape) == 4 and i is not None:
+        raise InvalidInputError(f"The embeddings are of a single plane, but i={i} was given. Leave it out.")
+    if i is not None and not 0 <= i < shape[0]:
+        raise InvalidInputError(f"There is no plane {i}: the embeddings have planes 0 to {shape[0] - 1}.")
 
 
 class TiledFeatures(Mapping):

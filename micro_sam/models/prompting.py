@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from segment_anything import SamPredictor
 
-from ..core.errors import InvalidInputError, NotInitializedError
+from ..core.errors import InvalidInputError, NotInitializedError, require_positive_int
 from ..core.prompts import BatchedPrompts
 from .mask_decoder import predict_low_res
 from .mask_upsampling import MaskUpsampler, PredictedMask
@@ -102,8 +102,7 @@ def predict_boxed(
         InvalidInputError: For a wrong batch size or threshold.
         NotInitializedError: If no image is set.
     """
-    if int(batch_size) != batch_size or batch_size < 1:
-        raise InvalidInputError(f"batch_size must be a positive integer, but is {batch_size!r}.")
+    require_positive_int("batch_size", batch_size)
     threshold = check_threshold(mask_threshold, predictor.model.mask_threshold)
     check_image_set(predictor)
     upsampler = None

@@ -9,15 +9,16 @@ from scipy.ndimage import find_objects
 from segment_anything import SamPredictor
 
 from .._tiled_prompting import embedding_tiling
-from ..core.errors import DecoderMissingError, InvalidInputError, ModelError, NotInitializedError
+from ..core.errors import DecoderMissingError, InvalidInputError, ModelError, NotInitializedError, require_positive_int
 from ..core.progress import Step, Steps, drain
 from ..core.tiling import Tile
 from ..embeddings.encode import ImageEmbeddings, embedding_steps, set_precomputed
-from .planes import check_plane, is_blank, select_plane, tiles_to_process
+from .planes import check_plane, check_tiled_plane_index, is_blank, select_plane, tiles_to_process
 from .watershed import (
     WatershedOptions,
     block_watershed,
     check_output,
+    check_output_holds,
     watershed_from_center_and_boundary_distances,
 )
 
@@ -211,6 +212,7 @@ class InstanceSegmentationWithDecoder:
                 check_output(segmentation, self._foreground.shape)
             labels = watershed_from_center_and_boundary_distances(*maps, **vars(options))
             if segmentation is not None:
+                check_output_holds(segmentation, int(labels.max(initial=0)))
                 segmentation[...] = labels.astype(segmentation.dtype, copy=False)
                 labels = segmentation
         return labels_to_records(np.asarray(labels[...])) if output_mode == "binary_mask" else labels
@@ -308,7 +310,9 @@ class TiledInstanceSegmentationWithDecoder(InstanceSegmentationWithDecoder):
             image_embeddings = yield from embedding_steps(
                 self._predictor, image, ndim=2, tile_shape=tile_shape, halo=halo, batch_size=batch_size, mask=mask
             )
+        require_positive_int("batch_size", batch_size)
         tiling = embedding_tiling(image_embeddings, tile_shape, halo)
+        check_tiled_plane_index(image_embeddings, i)
         image = check_plane(image, i, tiling.shape)
         tiles = [
             tile for tile in tiles_to_process(image_embeddings, tiling, i, mask)
@@ -342,9 +346,4 @@ def _batches(image_embeddings, tiles: list[Tile], batch_size: int) -> Iterator[l
 
 def _tile_features(image_embeddings, tile: Tile, i: int | None) -> np.ndarray:
     features = image_embeddings["features"][str(tile.id)]
-    if (len(features.shape) == 5) != (i is not None):
-        raise InvalidInputError(
-            f"The features of a tile have the shape {tuple(features.shape)} and i is {i!r}: i chooses the plane of "
-            "embeddings of a stack, and must be given for these only."
-        )
     return np.asarray(features[...] if i is None else features[i], dtype=np.float32)

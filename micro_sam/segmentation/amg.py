@@ -34,7 +34,7 @@ from ..embeddings.encode import ImageEmbeddings, embedding_steps, set_precompute
 from ..models.mask_upsampling import MaskUpsampler
 from ..models.prompting import decode_prompts
 from .candidates import LAZY_BYTES, Candidates, PredictedCandidates, RestoredCandidates
-from .planes import check_plane, is_blank, select_plane, tiles_to_process
+from .planes import check_plane, check_tiled_plane_index, is_blank, select_plane, tiles_to_process
 
 Record = dict[str, Any]
 OUTPUT_MODES = ("instance_segmentation", "binary_mask", "rle", "coco_rle")
@@ -529,6 +529,7 @@ class TiledAutomaticMaskGenerator(AutomaticMaskGenerator):
                 self._predictor, image, ndim=2, tile_shape=tile_shape, halo=halo, batch_size=batch_size, mask=mask
             )
         tiling = embedding_tiling(image_embeddings, tile_shape, halo)
+        check_tiled_plane_index(image_embeddings, i)
         image = check_plane(image, i, tiling.shape)
 
         def set_tile(tile: Tile):

@@ -80,11 +80,11 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 
 def _call_prompt_function(function: Callable, maps: Mapping[str, np.ndarray], thresholds: dict[str, float]):
-    """Pass the maps by name if the function has these parameters, else by position."""
+    """Pass the maps by name if the function takes them so, else by position."""
     try:
-        names = inspect.signature(function).parameters
-        by_name = all(name in names for name in maps) or any(p.kind is p.VAR_KEYWORD for p in names.values())
-    except (TypeError, ValueError):
+        inspect.signature(function).bind(**maps, **thresholds)
+        by_name = True
+    except (TypeError, ValueError):  # it does not, or has no signature
         by_name = False
     prompts = function(**maps, **thresholds) if by_name else function(*maps.values(), **thresholds)
     if prompts is None:

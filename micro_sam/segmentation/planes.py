@@ -6,6 +6,7 @@ import numpy as np
 
 from ..core.errors import InvalidInputError
 from ..core.tiling import Tile, TileSpec
+from ..embeddings.features import ImageEmbeddings, check_plane_index
 
 
 def is_blank(image: np.ndarray) -> bool:
@@ -40,7 +41,15 @@ def check_plane(image, i: int | None, shape: tuple[int, int], ndim: int = 2):
     return plane
 
 
-def tiles_to_process(image_embeddings, tiling: TileSpec, i: int | None, mask) -> list[Tile]:
+def check_tiled_plane_index(image_embeddings: ImageEmbeddings, i: int | None) -> None:
+    """Raise `InvalidInputError` if `i` does not choose one plane of tiled embeddings."""
+    for tile_id in image_embeddings["features"]:
+        check_plane_index(tuple(image_embeddings["features"][tile_id].shape), i)
+        return  # all tiles have the same planes
+
+
+def tiles_to_process(image_embeddings: ImageEmbeddings, tiling: TileSpec, i: int | None, mask) -> list[Tile]:
+    """The tiles that embeddings have, and that (with their halo) touch a non-zero pixel of the mask (Y, X)."""
     in_mask = image_embeddings["features"].attrs.get("tiles_in_mask")
     if isinstance(in_mask, Mapping):
         in_mask = in_mask.get(str(i), [])

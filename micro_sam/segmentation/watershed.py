@@ -259,6 +259,7 @@ class _BlockWatershed:
 
     def connect(self, limits: list[tuple[float, float]]) -> None:
         self._markers.connect()
+        check_output_holds(self._output, self._markers.n_labels)
         lows, highs = zip(*limits)
         self._limits = [min(lows), max(highs)]
 
@@ -328,6 +329,15 @@ def check_output(segmentation, shape: Sequence[int]) -> None:
         raise InvalidInputError(
             f"The output `segmentation` must be an integer array of the shape {tuple(shape)}, but is "
             f"{segmentation.dtype} {tuple(segmentation.shape)}."
+        )
+
+
+def check_output_holds(segmentation, n_labels: int) -> None:
+    """Raise `InvalidInputError` if the array's dtype cannot hold the labels."""
+    if n_labels > np.iinfo(segmentation.dtype).max:
+        raise InvalidInputError(
+            f"There are {n_labels} labels, too many for the output `segmentation` of dtype {segmentation.dtype}. "
+            "Pass one of dtype uint32."
         )
 
 
