@@ -1,7 +1,7 @@
 """Segment the images in `examples/data` with the model that ships with micro_sam; no download is needed.
 
-Writes for each image the label image and an overlay picture to `demo_output/`, and prints the number of
-objects, the seconds and the peak memory. Run it with `make demo`, or: python examples/demo.py [image …]
+Writes for each image the label image and an overlay picture to `demo_output/`, and one picture of all, and prints the
+number of objects, the seconds and the peak memory. Run it with `make demo`, or: python examples/demo.py [image …]
 """
 
 import argparse
@@ -26,7 +26,19 @@ def overlay(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     low, high = np.percentile(grey, (0.5, 99.8))
     rgb = rescale_intensity(grey.astype("float32"), in_range=(low, max(high, low + 1)), out_range=(0, 1))
     outlines = np.where(find_boundaries(labels, mode="inner"), labels, 0)
-    return (255 * label2rgb(outlines, rgb, bg_label=0, alpha=1.0)).astype("uint8")
+    return (255 * label2rgb(outlines, rgb, bg_label=0, bg_color=None, alpha=1.0, saturation=1)).astype("uint8")
+
+
+def overview(overlays: list[np.ndarray], side: int = 256, zoom: int = 2) -> np.ndarray:
+    """Put the middle of each overlay, `side` pixels, enlarged by `zoom`, into a row."""
+    tiles = []
+    for picture in overlays:
+        y, x = (max(n - side, 0) // 2 for n in picture.shape[:2])
+        middle = picture[y:y + side, x:x + side]
+        missing = [(0, side - n) for n in middle.shape[:2]]
+        tiles.append(np.pad(middle, [*missing, (0, 0)], constant_values=255))
+    row = np.concatenate([np.pad(tile, [(0, 0), (2, 2), (0, 0)], constant_values=255) for tile in tiles], axis=1)
+    return row.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def peak_memory_in_mb() -> float:
@@ -47,15 +59,18 @@ def main() -> None:
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
+    overlays = []
     for path in args.images:
         image = imageio.imread(path)
         start = time.perf_counter()
         labels = micro_sam.segment(image)
         seconds = time.perf_counter() - start
         tifffile.imwrite(args.output / f"{path.stem}_labels.tif", labels.astype("uint16"), compression="zlib")
-        imageio.imwrite(args.output / f"{path.stem}_overlay.png", overlay(image, labels))
+        overlays.append(overlay(image, labels))
+        imageio.imwrite(args.output / f"{path.stem}_overlay.png", overlays[-1])
         shape = " x ".join(str(n) for n in image.shape)
         print(f"{path.name:26s} {shape:15s} {labels.max():4d} objects {seconds:6.1f} s", flush=True)
+    imageio.imwrite(args.output / "overview.png", overview(overlays))
     print(f"Peak memory: {peak_memory_in_mb():.0f} MB. Labels and overlays are in {args.output}")
 
 

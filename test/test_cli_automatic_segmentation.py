@@ -233,7 +233,7 @@ def test_ctrl_c_leaves_what_goes_on(tmp_path, cells_image, tiny_checkpoint):
     command = [
         sys.executable, "-m", "micro_sam.cli.automatic_segmentation", "-i", f"{tmp_path}/i*.tif", "-o",
         str(tmp_path / "out"), "-e", str(tmp_path / "emb"), "-c", str(tiny_checkpoint), "-m", "vit_t", "-d", "cpu",
-        "--tile_shape", "24", "24", "--json", str(tmp_path / "report.json"),
+        "--tile_shape", "40", "40", "--json", str(tmp_path / "report.json"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = ""

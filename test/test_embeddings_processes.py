@@ -55,7 +55,7 @@ def _peak_memory(connection, n, path, tiled):
 
     import torch
     torch.set_num_threads(1)
-    predictor = small_predictor(512)  # features of one plane or tile have 1 MiB
+    predictor = small_predictor(768)  # features of one plane or tile have 2.25 MiB
     image = np.zeros((40, 40 * n) if tiled else (n, 40, 40), dtype="uint8")
     image[..., ::3] = 200
     options = {"ndim": 2, "tile_shape": (40, 40), "halo": (0, 0)} if tiled else {"ndim": 3}
@@ -73,5 +73,5 @@ def test_peak_memory_does_not_grow_with_the_number_of_planes_or_tiles(tmp_path, 
         theirs.close()
         peaks[n, path is not None] = finish(process, ours)
     print({f"N={n}, {'disk' if disk else 'memory'}": f"{peak:.0f} MiB" for (n, disk), peak in peaks.items()})
-    assert peaks[64, True] - peaks[8, True] < 14  # all features have 64 MiB
-    assert peaks[64, False] - peaks[8, True] > 30  # the measurement sees it if they are kept
+    assert peaks[64, True] - peaks[8, True] < 25  # all features have 144 MiB
+    assert peaks[64, False] - peaks[8, True] > 70  # the measurement sees it if they are kept
