@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import zarr
 from segment_anything import SamPredictor
 
 from ..core.errors import EmbeddingCacheError, EmbeddingMismatchError, InvalidInputError, require_positive_int
@@ -26,6 +27,7 @@ from .store import (
     is_complete,
     load_embeddings,
     open_cache,
+    read_group,
     remove_cache,
     write_lock,
 )
@@ -121,16 +123,16 @@ def embedding_steps(
             feature_shape(predictor),
         )
         path, is_auto = _resolve(save_path, signature, dtype)
-        cached = _cached(path, signature, dtype, overwrite)
-        if cached:
+        cache = _cached(path, signature, dtype, overwrite)
+        if cache is not None:
             yield from _report_done(plan)
         else:
             with write_lock(path, lock_timeout):
                 # Another process may have finished it before we got the lock.
-                cached = _cached(path, signature, dtype, overwrite)
+                cache = _cached(path, signature, dtype, overwrite)
                 if overwrite:
                     remove_cache(path)
-                if cached:
+                if cache is not None:
                     yield from _report_done(plan)
                 else:
                     if is_auto:
@@ -138,7 +140,7 @@ def embedding_steps(
                     sink = StoreSink(path, predictor, plan, signature, dtype, zarr_format)
                     yield from _fill(predictor, plan, sink, read, batch_size)
                     sink.finish()
-        embeddings = load_embeddings(path, lazy_loading)
+        embeddings = load_embeddings(path, lazy_loading) if cache is None else read_group(cache, path, lazy_loading)
         if is_auto:
             touch(path)
             evict(keep=path)
@@ -156,14 +158,14 @@ def _resolve(save_path: str | os.PathLike, signature: Signature, dtype: str | No
     return auto_cache_path({**key, "dtype": dtype or "float32"}), True
 
 
-def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool) -> bool:
-    """Whether there is a complete cache at `path` that fits; an incomplete one must fit as well."""
+def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool) -> zarr.Group | None:
+    """Return the complete cache at `path` that fits, or None; an incomplete one must fit as well."""
     if overwrite:
         check_path(path)
-        return False
+        return None
     group = open_cache(path)
     if group is None:
-        return False
+        return None
     attrs, complete = dict(group.attrs), is_complete(group)
     if not complete and "complete" not in attrs:
         if "features" in group:
@@ -176,7 +178,7 @@ def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool
                 f"{path} is a zarr group with other content (attributes {', '.join(list(attrs)[:3])}) and not an "
                 "embedding cache. Choose a new path."
             )
-        return False
+        return None
     signature.check(attrs, describe_layout(group, path), path)
     found = attrs.get("dtype", "float32")
     if dtype not in (None, found):
@@ -184,7 +186,7 @@ def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool
             f"Embeddings in {path} are stored as {found}, but dtype={dtype} was asked for. "
             f"Leave out dtype, choose another path, or compute them again with overwrite=True."
         )
-    return complete
+    return group if complete else None
 
 
 def _report_done(plan: EmbeddingPlan) -> Steps[None]:

@@ -113,6 +113,11 @@ def load_embeddings(path: str | os.PathLike, lazy_loading: bool = False) -> Imag
         raise EmbeddingCacheError(
             f"There are no complete embeddings in {path}. Compute them with precompute_image_embeddings."
         )
+    return read_group(group, path, lazy_loading)
+
+
+def read_group(group: zarr.Group, path: Path, lazy_loading: bool) -> ImageEmbeddings:
+    """Read a complete cache that is open already, see `load_embeddings`."""
     attrs, features = dict(group.attrs), open_node(group, "features", path)
     if features is None:
         raise EmbeddingCacheError(f"{path} has no features although it is marked as complete. Compute them again.")
