@@ -19,20 +19,14 @@ from .segmentation.workflow import (
     Segmenter,
     find_model,
     load_model,
-    output_settings,
     plan_image,
     resolve_model,
-    segmentation_steps,
     with_decoder,
 )
+from .tracking.workflow import automatic_tracking_implementation
+from .volume.images import VOLUME_OPTIONS, image_settings, image_steps, split_options
 
 logger = logging.getLogger(__name__)
-
-_NOT_YET_3D = (
-    "Segmenting volumes and tracking are not part of this version yet. What works: 2D images, one plane of a stack "
-    "(pass image[z]), and embeddings of whole stacks (micro_sam.precompute_embeddings -n 3)."
-)
-
 
 def get_predictor_and_segmenter(
     model_type: str,
@@ -83,13 +77,21 @@ def get_predictor_and_segmenter(
     return model.predictor, model.segmenter(is_tiled, **kwargs)
 
 
-def check_2d(image: LazyImage) -> None:
-    """Raise `UnsupportedError` for a stack."""
-    if image.ndim == 3:
-        raise UnsupportedError(
-            f"{image.name} is three-dimensional (axes {image.axes}, shape {tuple(image.data.shape)}). {_NOT_YET_3D} "
-            "If the first axis holds channels, say so: axes='CYX' (--axes CYX) and choose one with channel (--channel)."
-        )
+def describe_stack(image: LazyImage) -> str | None:
+    """Say how a stack is understood: files often call planes frames, and channels are easily taken for planes."""
+    if image.ndim == 2:
+        return None
+    what = "frames (axis T) are taken for planes," if image.axes[0] == "T" else "planes are"
+    return (
+        f"{image.name} (axes {image.axes}, shape {tuple(image.data.shape)}): its {image.shape[0]} {what} segmented and "
+        "merged to 3D objects. If they are channels, say so with axes (CYX) and choose one with channel; to follow "
+        "objects over time use tracking."
+    )
+
+
+def _note_stack(image: LazyImage) -> None:
+    if note := describe_stack(image):
+        logger.info(note)
 
 
 def automatic_instance_segmentation(
@@ -118,25 +120,27 @@ def automatic_instance_segmentation(
     embedding_options: Mapping[str, Any] | None = None,
     **generate_kwargs: Any,
 ) -> np.ndarray | tuple[np.ndarray, ImageEmbeddings]:
-    """Segment the objects in an image.
+    """Segment the objects in an image or a volume.
 
     Args:
         predictor: The predictor.
         segmenter: The segmenter, see `get_predictor_and_segmenter`.
-        input_path: The image: a path (see `core.image.open_image` for the formats) or an array (Y, X[, C]).
+        input_path: The image: a path (see `core.image.open_image` for the formats) or an array (Y, X[, C]) or
+            (Z, Y, X[, C]), may be lazy. A volume is segmented plane by plane and merged, see
+            `multi_dimensional_segmentation.automatic_3d_segmentation`.
         output_path: Where to write the labels: `.tif` (appended if the name has no such suffix), `.zarr` or
             `.ome.zarr`. If the output exists and was made with the same settings, it is loaded.
         embedding_path: Where to keep the embeddings, a zarr folder; None keeps them in memory.
-        mask_path: Path or array (Y, X): only tiles that touch a non-zero pixel are processed. Needs tiles.
+        mask_path: Path or array ([Z, ]Y, X): only tiles that touch a non-zero pixel are processed. Needs tiles.
         key: Name of the image in a container, see `open_image`.
         mask_key: Name of the mask in a container.
-        ndim: 2, to confirm that a third axis holds channels.
+        ndim: 2 or 3, channels not counted, if shape and file leave it open.
         tile_shape: Tile shape (y, x) in pixels, for a tiled segmenter.
         halo: Overlap (y, x) of the tiles in pixels; None gives an eighth of the tile shape.
         verbose: Whether to show progress.
         return_embeddings: Whether to return the embeddings as well.
         annotate: Not supported yet.
-        batch_size: Tiles per call of the network.
+        batch_size: Planes or tiles per call of the networks.
         overwrite: Whether to replace an existing output that was made with other settings.
         channel: Which channel to take.
         axes: Names of the axes, if the file does not tell, for example `CYX`.
@@ -144,20 +148,23 @@ def automatic_instance_segmentation(
         level: Which level of a pyramid to take.
         series: Which image to take of a file with several ones.
         embedding_options: More options of `precompute_image_embeddings`, for example `normalization`.
-        generate_kwargs: Options of `segmenter.generate`.
+        generate_kwargs: Options of `segmenter.generate`; for volumes also `gap_closing`, `min_z_extent`,
+            `with_background`, `beta` and `mask_with_background`, see `automatic_3d_segmentation`.
 
     Returns:
-        Labels (Y, X), uint64 for AIS and uint32 else, 0 is background; and the embeddings if asked for.
+        Labels (Y, X) or (Z, Y, X), uint64 for AIS and volumes and uint32 else, 0 is background; and the embeddings if
+        asked for.
 
     Raises:
-        UnsupportedError: For volumes and for `annotate`.
+        UnsupportedError: For `annotate`.
         OutputExistsError: If the output exists and was made with other settings.
         InvalidInputError: If arguments do not fit, see also `open_image`.
     """
     if annotate:
         raise UnsupportedError("annotate needs the annotation tools, which are not part of this version yet.")
     mode, tiled = mode_of(segmenter), is_tiled(segmenter)
-    check_options(generate_kwargs, generate_options(mode, tiled), f"the segmentation mode {mode!r}")
+    known = {**generate_options(mode, tiled), **dict.fromkeys((*VOLUME_OPTIONS, "with_background"))}
+    check_options(generate_kwargs, known, f"the segmentation mode {mode!r}")
     if tiled != (tile_shape is not None):
         raise InvalidInputError(
             f"The segmenter is {type(segmenter).__name__}, but tile_shape is {tile_shape}. "
@@ -166,15 +173,14 @@ def automatic_instance_segmentation(
         )
     choice = {"axes": axes, "channel": channel, "time": time, "level": level, "series": series}
     image = open_image(input_path, key, ndim=ndim, **choice)
-    check_2d(image)
+    _note_stack(image)
+    volume_options, generate_kwargs = split_options(generate_kwargs, image.ndim)
+    check_options(generate_kwargs, generate_options(mode, tiled), f"the segmentation mode {mode!r}")
     mask = None
     if mask_path is not None:
         if not tiled:
             raise InvalidInputError("A mask selects tiles: pass tile_shape and a tiled segmenter, or leave it out.")
         mask = open_image(mask_path, mask_key).read()
-    # Tiles are read from the file when needed; a plane is needed as a whole.
-    data = image.data if tiled else image.read()
-
     work = {
         "tile_shape": tile_shape, "halo": halo, "mask": mask, "embedding_options": embedding_options,
         **generate_kwargs,
@@ -182,25 +188,31 @@ def automatic_instance_segmentation(
     settings = None
     if output_path is not None:
         output_path = label_path(output_path)
-        settings = output_settings(predictor, segmenter, data, **work)
+        settings = image_settings(predictor, segmenter, image, volume_options, work)
         if is_done(output_path, settings, overwrite):
             logger.info("%s exists and was made with the same settings; it is loaded.", output_path)
-            return _load_done(predictor, data, output_path, mode, return_embeddings, embedding_path, batch_size, work)
+            return _load_done(predictor, image, output_path, mode, return_embeddings, embedding_path, batch_size, work)
         prepare_folder(output_path)
-    steps = segmentation_steps(predictor, segmenter, data, embedding_path=embedding_path, batch_size=batch_size, **work)
+    steps = image_steps(
+        predictor, segmenter, image, volume_options, work, embedding_path=embedding_path,
+        return_embeddings=return_embeddings, batch_size=batch_size,
+    )
     labels, embeddings = drain(steps, verbose=verbose)
     if output_path is not None:
         write_labels(output_path, labels, settings, scale=image.scale)
     return (labels, embeddings) if return_embeddings else labels
 
 
-def _load_done(predictor, image, output_path: Path, mode: str, return_embeddings, embedding_path, batch_size, work):
-    labels = read_labels(output_path).astype(np.uint64 if mode == "ais" else np.uint32)
+def _load_done(
+    predictor, image: LazyImage, output_path: Path, mode: str, return_embeddings, embedding_path, batch_size, work
+):
+    is_long = mode == "ais" or image.ndim == 3
+    labels = read_labels(output_path).astype(np.uint64 if is_long else np.uint32)
     if not return_embeddings:
         return labels
     steps = embedding_steps(
-        predictor, image, embedding_path, ndim=2, tile_shape=work["tile_shape"], halo=work["halo"],
-        batch_size=batch_size, mask=work["mask"], **(work["embedding_options"] or {}),
+        predictor, image.data, embedding_path, lazy_loading=True, ndim=image.ndim, tile_shape=work["tile_shape"],
+        halo=work["halo"], batch_size=batch_size, mask=work["mask"], **(work["embedding_options"] or {}),
     )
     return labels, drain(steps, verbose=False)
 
@@ -219,15 +231,58 @@ def automatic_tracking(
     annotate: bool = False,
     batch_size: int = 1,
     mode: str = "greedy",
-    tracking_model: str = "general_2d",
+    tracking_model: str | os.PathLike = "general_2d",
+    *,
+    overwrite: bool = False,
+    channel: int | None = None,
+    axes: str | None = None,
+    level: int | None = None,
+    series: int | None = None,
+    embedding_options: Mapping[str, Any] | None = None,
     **generate_kwargs: Any,
-) -> tuple[np.ndarray, list[dict]]:
-    """Track objects over time. Not part of this version yet.
+) -> tuple[np.ndarray, list[dict]] | tuple[np.ndarray, list[dict], ImageEmbeddings]:
+    """Segment each frame of a time series and track the objects.
+
+    Args:
+        predictor: The predictor.
+        segmenter: The segmenter, see `get_predictor_and_segmenter`.
+        input_path: The time series: a path or an array (T, Y, X[, C]), may be lazy.
+        output_path: A folder for the tracks in the format of the Cell Tracking Challenge, see `tracking.ctc`.
+        embedding_path: Where to keep the embeddings, a zarr folder.
+        key: Name of the time series in a container, or a pattern for a folder whose files are the frames.
+        tile_shape: Tile shape (y, x) in pixels, for a tiled segmenter.
+        halo: Overlap (y, x) of the tiles in pixels; None gives an eighth of the tile shape.
+        verbose: Whether to show progress.
+        return_embeddings: Whether to return the embeddings as well.
+        annotate: Not supported yet.
+        batch_size: Frames or tiles per call of the networks.
+        mode: `greedy` with divisions, `greedy_nodiv` without, or `ilp`, see `track_across_frames`.
+        tracking_model: Who links, see `track_across_frames`.
+        overwrite: Whether to replace tracks in the output folder.
+        channel: Which channel to take.
+        axes: Names of the axes, if the file does not tell, for example `TYX`.
+        level: Which level of a pyramid to take.
+        series: Which image to take of a file with several ones.
+        embedding_options: More options of `precompute_image_embeddings`, for example `normalization`.
+        generate_kwargs: Options of `segmenter.generate`, and `gap_closing` and `min_time_extent`, see
+            `track_across_frames`.
+
+    Returns:
+        Tracks (T, Y, X), uint32, and lineages, see `track_across_frames`; and the embeddings if asked for.
 
     Raises:
-        UnsupportedError: Always.
+        UnsupportedError: For `annotate`, or if the linker is not installed or does not have the mode.
+        OutputExistsError: If the output folder holds something.
+        InvalidInputError: If arguments do not fit, see also `open_image`.
     """
-    raise UnsupportedError(_NOT_YET_3D)
+    if annotate:
+        raise UnsupportedError("annotate needs the annotation tools, which are not part of this version yet.")
+    image = open_image(input_path, key, ndim=3, axes=axes, channel=channel, level=level, series=series)
+    return automatic_tracking_implementation(
+        image.data, predictor, segmenter, embedding_path, mode=mode, tracking_model=tracking_model,
+        tile_shape=tile_shape, halo=halo, verbose=verbose, return_embeddings=return_embeddings, batch_size=batch_size,
+        output_folder=output_path, overwrite=overwrite, embedding_options=embedding_options, **generate_kwargs,
+    )
 
 
 def segment(
@@ -250,10 +305,11 @@ def segment(
     verbose: bool = False,
     **generate_kwargs: Any,
 ) -> np.ndarray:
-    """Segment the objects in an image, in one line.
+    """Segment the objects in an image or a volume, in one line.
 
     Args:
-        image: A path (tif, png, jpg, OME-Zarr, zarr, hdf5, mrc, czi …) or an array (Y, X[, C]), may be lazy.
+        image: A path (tif, png, jpg, OME-Zarr, zarr, hdf5, mrc, czi …) or an array (Y, X[, C]) or (Z, Y, X[, C]), may
+            be lazy.
         model: Name of the model, see `micro_sam.util.get_model_names`. None takes `vit_b_lm` if it was downloaded
             before, else `vit_t_lite`, which comes with the package and segments nuclei.
         mode: `ais`, `apg`, `amg`, or `auto` for the best one that the model has.
@@ -269,17 +325,18 @@ def segment(
         halo: Overlap (y, x) of the tiles in pixels.
         device: The device; None chooses it.
         embedding_path: Where to keep the embeddings; None keeps them in memory.
-        batch_size: Tiles per call of the network.
+        batch_size: Planes or tiles per call of the networks.
         verbose: Whether to show progress.
-        generate_kwargs: Options of the mode, for example `min_size=50`, or `points_per_side=16` for `amg`.
+        generate_kwargs: Options of the mode, for example `min_size=50`, or `points_per_side=16` for `amg`; for volumes
+            also those of `automatic_3d_segmentation`, for example `min_z_extent=3`.
 
     Returns:
-        Labels (Y, X), 0 is background, uint64 for `ais` and uint32 else. All zero if nothing was found.
+        Labels (Y, X) or (Z, Y, X), 0 is background, uint64 for `ais` and volumes and uint32 else. All zero if nothing
+        was found.
 
     Raises:
         MissingFileError, ImageReadError, InvalidInputError: If the image cannot be read or used.
         UnknownModelError: If there is no such model.
-        UnsupportedError: For volumes.
 
     Example:
         >>> import micro_sam
@@ -288,12 +345,13 @@ def segment(
     model = resolve_model(model, checkpoint)
     find_model(model, checkpoint, mode)
     opened = open_image(image, key, axes=axes, channel=channel, time=time, level=level, series=series)
-    check_2d(opened)
+    _note_stack(opened)
+    volume_options, generate_kwargs = split_options(generate_kwargs, opened.ndim)
     loaded = load_model(model, checkpoint, device, mode)
-    plan = plan_image(loaded, opened.shape, tile_shape, halo, generate_kwargs, None if checkpoint else model)
-    data = opened.data if plan.work["tile_shape"] is not None else opened.read()
-    steps = segmentation_steps(
-        plan.model.predictor, plan.segmenter, data, embedding_path=embedding_path, batch_size=batch_size, **plan.work
+    plan = plan_image(loaded, opened.shape[-2:], tile_shape, halo, generate_kwargs, None if checkpoint else model)
+    steps = image_steps(
+        plan.model.predictor, plan.segmenter, opened, volume_options, plan.work, embedding_path=embedding_path,
+        batch_size=batch_size,
     )
     return drain(steps, verbose=verbose)[0]
 

@@ -30,7 +30,7 @@ from micro_sam.segmentation.settings import mode_of
 from micro_sam.segmentation.workflow import Strategy, choose_strategy, segmentation_steps
 
 # The decoder has random weights: these thresholds make it find something.
-LOOSE = {"center_distance_threshold": 0.6, "boundary_distance_threshold": 0.7, "foreground_threshold": 0.4}
+LOOSE = {"center_distance_threshold": 0.485, "boundary_distance_threshold": 0.54, "foreground_threshold": 0.4}
 TILES = {"tile_shape": (64, 80), "halo": (16, 16)}
 
 
@@ -129,7 +129,7 @@ def test_default_model(monkeypatch, tmp_path):
         ({"model": "vit_t_lite", "mode": "amg"}, ModelError, "was trained for ais"),
         ({"model": "vit_b", "mode": "ais"}, DecoderMissingError, "was trained for amg"),
         ({"mode": "aiz"}, InvalidInputError, "'ais'"),
-        ({"image": np.zeros((5, 30, 40))}, UnsupportedError, "not part of this version yet.*axes='CYX'"),
+        ({"min_z_extent": 2}, InvalidInputError, "min_z_extent are for volumes"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(cells_image, monkeypatch, arguments, error, message):
@@ -178,7 +178,7 @@ def test_output_is_recorded_loaded_and_protected(tmp_path, cells_image, ais, mon
     assert settings["options"]["distance_smoothing"] == 1.6, "defaults are recorded too"
 
     with monkeypatch.context() as patch:
-        patch.setattr(automatic_segmentation, "segmentation_steps", lambda *a, **k: pytest.fail("computed again"))
+        patch.setattr(automatic_segmentation, "image_steps", lambda *a, **k: pytest.fail("computed again"))
         again = automatic_instance_segmentation(predictor, segmenter, cells_image, path, verbose=False, **LOOSE)
     assert again.dtype == labels.dtype
     np.testing.assert_array_equal(again, labels)
@@ -241,10 +241,12 @@ def test_arguments_that_do_not_fit(cells_image, ais, tiled_ais):
         automatic_instance_segmentation(*ais, cells_image, mask_path=cells_image)
     with pytest.raises(UnsupportedError, match="annotat"):
         automatic_instance_segmentation(*ais, cells_image, annotate=True)
-    with pytest.raises(UnsupportedError, match="not part of this version yet"):
-        automatic_instance_segmentation(*ais, np.zeros((10, 64, 64)))
-    with pytest.raises(UnsupportedError, match="not part of this version yet"):
-        automatic_tracking(*ais, np.zeros((10, 64, 64)))
+    with pytest.raises(UnsupportedError, match="annotat"):
+        automatic_tracking(*ais, np.zeros((10, 64, 64)), annotate=True)
+    with pytest.raises(InvalidInputError, match="for volumes"):
+        automatic_instance_segmentation(*ais, cells_image, gap_closing=1)
+    with pytest.raises(InvalidInputError, match="min_time_extent"):
+        automatic_instance_segmentation(*ais, np.zeros((10, 64, 64)), min_time_extent=1)
 
 
 def test_closing_the_steps_cancels(tmp_path, cells_image, tiled_ais):

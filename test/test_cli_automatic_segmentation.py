@@ -19,7 +19,7 @@ from micro_sam.core.output import read_record
 from micro_sam.segmentation import workflow
 
 LOOSE = [
-    "--center_distance_threshold", "0.6", "--boundary_distance_threshold=0.7", "--foreground-threshold", "0.4",
+    "--center_distance_threshold", "0.485", "--boundary_distance_threshold=0.54", "--foreground-threshold", "0.4",
 ]
 
 
@@ -173,8 +173,9 @@ def test_apg_and_text_option(run, image, tmp_path):
         (["--tile_shape", "none", "--halo", "3", "3"], "belongs to tiles"),
         (["--halo", "3", "3"], "belongs to tiles"),
         (["--batch_size", "0"], "positive integer"),
-        (["--tracking"], "not part of this version yet"),
         (["--annotate"], "not part of this version yet"),
+        (["--tracking", "--min_z_extent", "2"], "--min_z_extent is for volumes"),
+        (["--min_time_extent", "2"], "--min_time_extent is for tracking"),
         (["-q"], "no option -q"),
         (["-m", "vit_b_ml"], "Did you mean 'vit_b_lm'"),
         (["-m", "vit_b", "--mode", "ais"], "was trained for amg"),
@@ -188,16 +189,6 @@ def test_mistakes_end_the_command_before_the_model_is_loaded(run, image, tmp_pat
     assert message in err
     assert "Traceback" not in err
     assert err.count("\n") == 1, "one paragraph"
-
-
-def test_volumes_are_refused_before_the_model_is_loaded(run, tmp_path, no_model):
-    tifffile.imwrite(tmp_path / "v.tif", np.zeros((5, 40, 50), np.uint8), photometric="minisblack")
-    code, _, err = run("-i", tmp_path / "v.tif", "-o", tmp_path / "o.tif")
-    assert code == 1
-    assert "not part of this version yet" in err
-    assert "--axes CYX" in err
-    code, _, err = run("-i", tmp_path, "-k", "*.tif", "-o", tmp_path / "o.tif")
-    assert (code, "--pattern '*.tif'" in err) == (2, True)
 
 
 def test_warning_of_too_little_memory(run, image, tmp_path, monkeypatch):
@@ -228,7 +219,7 @@ def test_bad_checkpoint_is_exit_code_3(run, image, tmp_path):
 
 def test_ctrl_c_leaves_what_goes_on(tmp_path, cells_image, tiny_checkpoint):
     """A real process gets the signal; the same command then finishes the rest."""
-    for n in range(6):
+    for n in range(4):
         tifffile.imwrite(tmp_path / f"i{n}.tif", np.roll(cells_image, 10 * n))
     command = [
         sys.executable, "-m", "micro_sam.cli.automatic_segmentation", "-i", f"{tmp_path}/i*.tif", "-o",
@@ -237,7 +228,7 @@ def test_ctrl_c_leaves_what_goes_on(tmp_path, cells_image, tiny_checkpoint):
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = ""
-    while not line.startswith("[1/6]"):
+    while not line.startswith("[1/4]"):
         line = process.stdout.readline()
         assert line, process.communicate()
     process.send_signal(signal.SIGINT)
@@ -254,7 +245,7 @@ def test_ctrl_c_leaves_what_goes_on(tmp_path, cells_image, tiny_checkpoint):
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["summary"]["skipped"] >= finished
-    assert report["summary"]["skipped"] + report["summary"]["done"] == 6
+    assert report["summary"]["skipped"] + report["summary"]["done"] == 4
     assert not list(tmp_path.rglob("*.partial"))
 
 

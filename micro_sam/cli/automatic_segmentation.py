@@ -1,8 +1,9 @@
-"""The command `micro_sam.automatic_segmentation`: images in, label images out."""
+"""The command `micro_sam.automatic_segmentation`: images, volumes and time series in, labels and tracks out."""
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ _FORMATS = {"tif": ".tif", "zarr": ".zarr", "ome-zarr": ".ome.zarr"}
 def get_parser() -> Parser:
     """Return the parser of the command."""
     parser = Parser(
-        "Segment the objects in one or more images. All options of the chosen mode can be given as well, for example "
-        "--min_size 50 or --points_per_side=16; see doc/cli.md.", EXIT_CODES,
+        "Segment the objects in one or more images or volumes, or track those in time series. All options of the "
+        "chosen mode can be given as well, for example --min_size 50 or --points_per_side=16; see doc/cli.md.",
+        EXIT_CODES,
     )
     parser.add_argument(
         "-i", "--input_path", nargs="+", required=True, metavar="PATH",
@@ -39,7 +41,8 @@ def get_parser() -> Parser:
     )
     parser.add_argument(
         "-o", "--output_path", required=True, metavar="PATH",
-        help="the label image (.tif, .zarr or .ome.zarr; .tif is appended if missing); for several images a folder",
+        help="the label image (.tif, .zarr or .ome.zarr; .tif is appended if missing); for several images, and for "
+        "tracks, a folder",
     )
     parser.add_argument(
         "-e", "--embedding_path", metavar="PATH", help="keep the embeddings here (zarr); for several images a folder"
@@ -55,7 +58,22 @@ def get_parser() -> Parser:
         "--label_name", default="segmentation", help="name of the labels if the output is an existing OME-Zarr image"
     )
     parser.add_argument("--annotate", action="store_true", help="not part of this version yet")
-    parser.add_argument("--tracking", action="store_true", help="not part of this version yet")
+    volumes = parser.add_argument_group("volumes and time series")
+    volumes.add_argument("--tracking", action="store_true", help="track objects over time; writes CTC files")
+    volumes.add_argument(
+        "--gap_closing", type=int, metavar="N", help="close gaps of objects in up to 2 N planes or frames"
+    )
+    volumes.add_argument("--min_z_extent", type=int, metavar="N", help="volumes: remove objects in fewer planes")
+    volumes.add_argument("--beta", type=float, help="volumes: above 0.5 objects merge more readily, below less")
+    volumes.add_argument("--min_time_extent", type=int, metavar="N", help="tracking: remove tracks in fewer frames")
+    volumes.add_argument(
+        "--tracking_mode", choices=("greedy", "greedy_nodiv", "ilp"), default="greedy",
+        help="with divisions, without, or the best solution over all frames; default: greedy",
+    )
+    volumes.add_argument(
+        "--tracking_model", default="general_2d", metavar="NAME",
+        help="a model of trackastra, the folder of one, or a linker that needs no model; see doc/cli.md",
+    )
     add_input_options(parser)
     add_model_options(parser, "vit_b_lm if it was downloaded before, else vit_t_lite, which comes with the package")
     add_run_options(parser)
@@ -81,6 +99,8 @@ def _paths(args: argparse.Namespace) -> tuple[list[Path], list[Path], list[Path 
     if len(args.input_path) == 1 and first.exists() and (not first.is_dir() or is_zarr(first)):
         if args.pattern is not None:
             raise InvalidInputError(f"--pattern selects files of a folder, but {first} is none.")
+        if args.tracking:
+            return [first], [_without_suffix(output)], [embeddings]
         if args.output_path.endswith(("/", "\\")) or (output.is_dir() and not is_zarr(output)):
             output = output / f"{label_stem(first)}{_FORMATS[args.output_format]}"
         output = label_path(output)
@@ -88,17 +108,14 @@ def _paths(args: argparse.Namespace) -> tuple[list[Path], list[Path], list[Path 
         if output.resolve() == first.resolve() and not output.name.lower().endswith(".ome.zarr"):
             raise InvalidInputError(f"The labels would replace the image {first} itself. Choose another output.")
         return [first], [output], [embeddings]
-    if len(args.input_path) == 1 and first.is_dir() and args.key is not None and has_pattern(args.key):
-        raise UnsupportedError(
-            f"The folder {first} with the key {args.key!r} is a stack, and volumes are not part of this version yet. "
-            f"To segment its images one by one, pass --pattern {args.key!r} instead of the key."
-        )
+    if len(args.input_path) == 1 and first.is_dir() and args.key is not None and has_pattern(args.key):  # one stack
+        return [first], [_without_suffix(output) if args.tracking else label_path(output)], [embeddings]
     inputs = find_inputs(args.input_path, args.pattern, args.recursive)
     images = [f.path for f in inputs]
     if output.is_file():
         raise InvalidInputError(f"For several images the output must be a folder, but {output} is a file.")
     folder = output.with_suffix("") if output.suffix in (".tif", ".tiff") else output
-    outputs = name_outputs(inputs, folder, _FORMATS[args.output_format])
+    outputs = name_outputs(inputs, folder, "" if args.tracking else _FORMATS[args.output_format])
     same = {p.resolve() for p in images} & {p.resolve() for p in outputs}
     if same:
         raise InvalidInputError(f"The labels of {min(same)} would replace the image itself. Choose another folder.")
@@ -108,14 +125,21 @@ def _paths(args: argparse.Namespace) -> tuple[list[Path], list[Path], list[Path 
     return images, outputs, list(name_outputs(inputs, folder, ".zarr"))
 
 
+def _without_suffix(folder: Path) -> Path:
+    """The folder for tracks, whose name is not that of a file."""
+    from ..core.output import LABEL_SUFFIXES
+    return folder.with_suffix("") if folder.suffix.lower() in LABEL_SUFFIXES else folder
+
+
 def _open(args: argparse.Namespace, result: Result) -> Any:
     """Open an image and check what can be checked before the work."""
-    from ..automatic_segmentation import check_2d
     from ..core.image import open_image
     from ..core.output import prepare_folder
+    from ..volume.images import split_options
 
-    image = open_image(result.input, **input_choice(args))
-    check_2d(image)
+    image = open_image(result.input, **{**input_choice(args), **({"ndim": 3} if args.tracking else {})})
+    if not args.tracking:
+        split_options(_volume_options(args), image.ndim)
     prepare_folder(Path(result.output))
     result.shape = list(image.data.shape)
     return image
@@ -123,15 +147,22 @@ def _open(args: argparse.Namespace, result: Result) -> Any:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be done, before anything is imported or opened."""
-    for name in ("tracking", "annotate"):
-        if getattr(args, name):
-            raise UnsupportedError(
-                f"--{name} is not part of this version yet. Automatic segmentation of 2D images works: leave it out."
-            )
+    if args.annotate:
+        raise UnsupportedError("--annotate needs the annotation tools, which are not part of this version yet.")
+    misplaced = ("min_z_extent", "beta") if args.tracking else ("min_time_extent",)
+    for name in misplaced:
+        if getattr(args, name) is not None:
+            raise InvalidInputError(f"--{name} is for {'volumes' if args.tracking else 'tracking'}. Leave it out.")
     if args.batch_size < 1:
         raise InvalidInputError(f"--batch_size must be a positive integer, but is {args.batch_size}.")
     if args.halo is not None and parse_tile_shape(args.tile_shape, None) is None:
         raise InvalidInputError("--halo belongs to tiles. Pass --tile_shape as well, or leave out --halo.")
+
+
+def _volume_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options for volumes that were given."""
+    given = {name: getattr(args, name) for name in ("gap_closing", "min_z_extent", "beta")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _parse_options(parser: Parser, args: argparse.Namespace, extra: Sequence[str], spec: Any) -> dict[str, Any]:
@@ -161,7 +192,7 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
     paths, outputs, embedding_paths = _paths(args)
     console = Console(args)
 
-    from ..segmentation.workflow import find_model, load_model, output_settings, plan_image, resolve_model
+    from ..segmentation.workflow import find_model, load_model, plan_image, resolve_model
 
     model_name = resolve_model(args.model_type, args.checkpoint)
     spec = find_model(model_name, args.checkpoint, args.mode)
@@ -179,44 +210,80 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
     report.model = {"name": model_name, "checkpoint": args.checkpoint, "mode": model.mode}
 
     def work(n: int, result: Result) -> str:
-        from ..core.output import is_done, write_labels
-
-        image, output = _open(args, result), Path(result.output)
-        plan = plan_image(model, image.shape, tile_shape, args.halo, options, None if spec is None else spec.name)
-        data = image.data if plan.work["tile_shape"] is not None else image.read()
-        settings = output_settings(plan.model.predictor, plan.segmenter, data, **plan.work)
-        report.model["hash"] = settings["model_hash"]
-        if is_done(output, settings, args.overwrite, args.label_name):
-            result.status = "skipped"
-            return f"{image.name}: nothing to do, {output} was made with the same settings"
-        _warn_of_memory(plan, image, embedding_paths[n] is not None)
-        labels = _segment(plan, data, embedding_paths[n], args, console)
-        target = write_labels(output, labels, settings, scale=image.scale, name=args.label_name)
-        result.output, result.n_objects = str(target), _count(labels)
-        return f"{image.name}: {result.n_objects} objects -> {target}"
+        image = _open(args, result)
+        plan = plan_image(model, image.shape[-2:], tile_shape, args.halo, options, None if spec is None else spec.name)
+        run = _track if args.tracking else _segment
+        return run(plan, image, result, embedding_paths[n], args, console, report)
 
     return run_files(results, work, report, console)
 
 
-def _segment(plan: Any, data: Any, embedding_path: Path | None, args: argparse.Namespace, console: Console) -> Any:
-    """Segment one image; embeddings of other settings are replaced only with `--overwrite`."""
-    from ..core.progress import drain
-    from ..segmentation.workflow import segmentation_steps
+def _segment(
+    plan: Any, image: Any, result: Result, embedding_path: Path | None, args: argparse.Namespace, console: Console,
+    report: Report,
+) -> str:
+    """Segment one image or volume, write the labels, and return what to say about it."""
+    from ..automatic_segmentation import describe_stack
+    from ..core.output import is_done, write_labels
+    from ..volume.images import image_settings, image_steps
 
-    def run(**more: Any) -> Any:
-        work = {**plan.work, "embedding_options": {**(plan.work["embedding_options"] or {}), **more}}
-        steps = segmentation_steps(
-            plan.model.predictor, plan.segmenter, data, embedding_path=embedding_path, batch_size=args.batch_size,
-            **work,
-        )
-        return drain(steps, verbose=console.show_bars)[0]
+    output, of_volume = Path(result.output), _volume_options(args)
+    settings = image_settings(plan.model.predictor, plan.segmenter, image, of_volume, plan.work)
+    report.model["hash"] = settings["model_hash"]
+    if is_done(output, settings, args.overwrite, args.label_name):
+        result.status = "skipped"
+        return f"{image.name}: nothing to do, {output} was made with the same settings"
+    if note := describe_stack(image):
+        console.say(note)
+    _warn_of_memory(plan, image, embedding_path is not None)
+    labels = _drain(plan.work, args, console, lambda work: image_steps(
+        plan.model.predictor, plan.segmenter, image, of_volume, work, embedding_path=embedding_path,
+        batch_size=args.batch_size,
+    ))[0]
+    target = write_labels(output, labels, settings, scale=image.scale, name=args.label_name)
+    result.output, result.n_objects = str(target), _count(labels)
+    return f"{image.name}: {result.n_objects} objects -> {target}"
+
+
+def _track(
+    plan: Any, image: Any, result: Result, embedding_path: Path | None, args: argparse.Namespace, console: Console,
+    report: Report,
+) -> str:
+    """Track the objects of one time series, write CTC files, and return what to say about it."""
+    from ..core.output import is_same, write_json
+    from ..segmentation.workflow import output_settings
+    from ..tracking.ctc import RECORD_NAME
+    from ..tracking.workflow import automatic_tracking_steps
+
+    output = Path(result.output)
+    names = ("gap_closing", "min_time_extent", "tracking_mode", "tracking_model")
+    settings = output_settings(plan.model.predictor, plan.segmenter, image.data, **plan.work)
+    settings["tracking"] = {name: getattr(args, name) for name in names}
+    report.model["hash"] = settings["model_hash"]
+    if not args.overwrite and is_same(output / RECORD_NAME, settings):
+        result.status = "skipped"
+        return f"{image.name}: nothing to do, {output} was made with the same settings"
+    _, forest, _ = _drain(plan.work, args, console, lambda work: automatic_tracking_steps(
+        image.data, plan.model.predictor, plan.segmenter, embedding_path=embedding_path, gap_closing=args.gap_closing,
+        min_time_extent=args.min_time_extent, mode=args.tracking_mode, tracking_model=args.tracking_model,
+        batch_size=args.batch_size, output_folder=output, overwrite=args.overwrite, **work,
+    ))
+    write_json(output / RECORD_NAME, {"micro_sam": {"settings": settings}})
+    result.n_objects = len(forest)
+    return f"{image.name}: {result.n_objects} tracks -> {output}"
+
+
+def _drain(work: dict[str, Any], args: argparse.Namespace, console: Console, start: Callable[[dict], Any]) -> Any:
+    """Run the steps that `start` makes; embeddings of other settings are replaced only with `--overwrite`."""
+    from ..core.progress import drain
 
     try:
-        return run()
+        return drain(start(work), verbose=console.show_bars)
     except EmbeddingMismatchError:
         if not args.overwrite:
             raise
-        return run(overwrite=True)
+        options = {**(work["embedding_options"] or {}), "overwrite": True}
+        return drain(start({**work, "embedding_options": options}), verbose=console.show_bars)
 
 
 def _warn_of_memory(plan: Any, image: Any, on_disk: bool) -> None:
@@ -224,7 +291,9 @@ def _warn_of_memory(plan: Any, image: Any, on_disk: bool) -> None:
 
     from ..segmentation.workflow import estimate_memory
 
-    needed, free = estimate_memory(plan, image.shape, on_disk), psutil.virtual_memory().available
+    needed, free = estimate_memory(plan, image.shape[-2:], on_disk), psutil.virtual_memory().available
+    if image.ndim == 3:
+        needed += 8 * math.prod(image.shape)
     if needed > free:
         remedy = "Choose a lower resolution (--level)" if on_disk else "Keep the embeddings on disk (-e)"
         print(

@@ -182,10 +182,29 @@ def is_done(
             f"{target} exists and was not written by this tool. Pass overwrite (--overwrite) to replace it, or choose "
             "another output."
         )
+    _compare(target, record, settings)
+    return True
+
+
+def is_same(record_path: Path, settings: dict[str, Any]) -> bool:
+    """Whether there is a record in a JSON file, of an output that is made of several files; see `is_done`.
+
+    Raises:
+        OutputExistsError: If it is of other settings.
+    """
+    try:
+        record = json.loads(record_path.read_text(encoding="utf-8"))["micro_sam"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none that is ours
+        return False
+    _compare(record_path.parent, record, settings)
+    return True
+
+
+def _compare(target: Path, record: dict[str, Any], settings: dict[str, Any]) -> None:
     found, wanted = _flatten(record.get("settings", {})), _flatten(json.loads(json.dumps(settings)))
     different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if not different:
-        return True
+        return
     changes = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in different)
     raise OutputExistsError(
         f"{target} exists and was computed with other settings ({changes}). Pass overwrite (--overwrite) to replace "
