@@ -38,8 +38,8 @@ import pandas as pd
 from skimage.measure import regionprops_table
 
 from .core.errors import InvalidInputError, InvalidTypeError, OutputExistsError, UnsupportedError
-from .core.labels import _boxes_of_labels, _check_labels
-from .core.output import _temporary
+from .core.labels import boxes_of_labels, check_labels
+from .core.output import temporary_path
 from .core.progress import Step, Steps, drain
 
 __all__ = ["measure_objects", "measure_tracks", "object_measurement_steps", "track_measurement_steps", "write_table"]
@@ -197,7 +197,7 @@ class _Slabs:
 
 def _find_boxes(block: np.ndarray, offset: int = 0) -> dict[int, Box]:
     """The bounding box of each id in a block that starts at `offset` along the first axis."""
-    ids, _, boxes = _boxes_of_labels(_check_labels(block))
+    ids, _, boxes = boxes_of_labels(check_labels(block))
     return {
         int(i): (slice(box[0].start + offset, box[0].stop + offset), *box[1:]) for i, box in zip(ids, boxes)
     }
@@ -432,7 +432,7 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike, *, overwrite: bool
         raise UnsupportedError("Parquet files need pyarrow: install it with `pip install pyarrow`, or write a .csv.")
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists. Pass overwrite=True to replace it, or choose another path.")
-    with _temporary(path, is_folder=False) as new:
+    with temporary_path(path, is_folder=False) as new:
         if suffix == ".csv":
             table.to_csv(new, index=False)
         else:

@@ -24,7 +24,7 @@ from .core.errors import (
     require_positive_int,
 )
 from .core.image import LazyImage, open_image
-from .core.output import _temporary
+from .core.output import temporary_path
 from .core.progress import Step, Steps, drain
 from .embeddings.encode import embedding_steps
 from .object_features import FeatureSums, compute_object_features, project_prediction_to_segmentation
@@ -202,7 +202,7 @@ def save_object_classifier(
     names = {int(k): str(v) for k, v in (class_names or classifier.class_names).items()}
     arrays = {name: getattr(classifier, name) for name in _ARRAYS}
     header = {"format": _FORMAT, "n_features": classifier.n_features_in_, "class_names": names}
-    with _temporary(path, is_folder=False) as new, open(new, "wb") as file:
+    with temporary_path(path, is_folder=False) as new, open(new, "wb") as file:
         np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
     return path
 

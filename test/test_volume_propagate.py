@@ -23,13 +23,13 @@ from micro_sam.prompt_based_segmentation import (
     segment_from_points,
 )
 from micro_sam.volume import propagation_prompts
+from micro_sam.volume.paint import paint_objects
 from micro_sam.volume.propagate import (
     PROJECTION_MODES,
     Confidence,
     PropagatedObject,
     SlicePrompts,
     _plan,
-    paint_objects,
     propagate_objects,
     propagate_objects_steps,
     segment_mask_in_volume,

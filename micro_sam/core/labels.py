@@ -57,7 +57,7 @@ def _binary(mask: np.ndarray, name: str) -> np.ndarray:
     return out
 
 
-def _check_labels(segmentation: np.ndarray) -> np.ndarray:
+def check_labels(segmentation: np.ndarray) -> np.ndarray:
     segmentation = np.asarray(segmentation)
     if segmentation.dtype == bool:
         segmentation = segmentation.view(np.uint8)
@@ -68,7 +68,7 @@ def _check_labels(segmentation: np.ndarray) -> np.ndarray:
     return segmentation
 
 
-def _boxes_of_labels(segmentation: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[tuple[slice, ...]]]:
+def boxes_of_labels(segmentation: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[tuple[slice, ...]]]:
     """Return the ids, a label image with consecutive ids (position in ids + 1) and the slices of each id."""
     if segmentation.size == 0 or segmentation.max() == 0:
         return np.zeros(0, dtype=segmentation.dtype), segmentation, []
@@ -105,14 +105,14 @@ def get_centers_and_bounding_boxes(
         InvalidInputError: For an unknown mode, another number of axes, or negative ids.
         InvalidTypeError: If the dtype is no integer.
     """
-    segmentation = _check_labels(segmentation)
+    segmentation = check_labels(segmentation)
     if segmentation.ndim not in (2, 3):
         raise InvalidInputError(
             f"A label image must have the shape (Y, X) or (Z, Y, X), but got {segmentation.shape}."
         )
     if mode not in ("v", "p"):
         raise InvalidInputError(f"mode must be 'v' (deepest pixel) or 'p' (centroid), but got {mode!r}.")
-    ids, labels, slices = _boxes_of_labels(segmentation)
+    ids, labels, slices = boxes_of_labels(segmentation)
     boxes = {
         int(i): tuple(s.start for s in box) + tuple(s.stop for s in box) for i, box in zip(ids, slices)
     }
@@ -166,7 +166,7 @@ def segmentation_to_one_hot(
     """
     import torch
 
-    segmentation = _check_labels(segmentation)
+    segmentation = check_labels(segmentation)
     if segmentation.ndim != 2:
         raise InvalidInputError(f"A label image must have the shape (H, W), but got {segmentation.shape}.")
     if segmentation_ids is None:
@@ -199,7 +199,7 @@ def get_block_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 def relabel_consecutive(segmentation: np.ndarray) -> np.ndarray:
     """Renumber a label image to 1, 2, ... in the order of the ids, as a new uint32 array; 0 stays background."""
-    segmentation = _check_labels(segmentation)
+    segmentation = check_labels(segmentation)
     ids, consecutive = np.unique(segmentation, return_inverse=True)
     offset = 0 if ids.size and ids[0] == 0 else 1
     return (consecutive.reshape(segmentation.shape) + offset).astype(np.uint32)
@@ -207,7 +207,7 @@ def relabel_consecutive(segmentation: np.ndarray) -> np.ndarray:
 
 def remove_small_labels(segmentation: np.ndarray, min_size: int) -> np.ndarray:
     """Set labels with fewer than `min_size` pixels to 0, without renumbering, in a new array."""
-    segmentation = _check_labels(segmentation)
+    segmentation = check_labels(segmentation)
     if min_size <= 0 or segmentation.size == 0:
         return segmentation.copy()
     ids, inverse, counts = np.unique(segmentation, return_inverse=True, return_counts=True)

@@ -84,7 +84,7 @@ def prepare_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
+def temporary_path(path: Path, is_folder: bool) -> Iterator[Path]:
     """Give a path next to the output; afterwards it replaces the output, or vanishes in case of an error."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _temporary(path: Path, is_folder: bool) -> Iterator[Path]:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a JSON file completely or not at all."""
-    with _temporary(Path(path), is_folder=False) as new:
+    with temporary_path(Path(path), is_folder=False) as new:
         new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -258,14 +258,14 @@ def write_labels(
     }}
     if path.suffix.lower() in _TIF:
         import tifffile
-        with _temporary(path, is_folder=False) as new:
+        with temporary_path(path, is_folder=False) as new:
             tifffile.imwrite(
                 new, labels, compression="zlib", photometric="minisblack", description=json.dumps(record),
                 metadata=None, software=f"micro_sam {__version__}",
             )
     elif not path.name.lower().endswith(_OME_ZARR):
         import zarr
-        with _temporary(path, is_folder=True) as new:
+        with temporary_path(path, is_folder=True) as new:
             array = zarr.create_array(str(new), shape=labels.shape, dtype=labels.dtype, chunks=_chunks(labels.shape))
             _fill(array, labels)
             array.attrs.update(record)
@@ -291,7 +291,7 @@ def _write_ome_zarr(path: Path, target: Path, labels: np.ndarray, record: dict[s
 
     inside = target != path
     old = inside and "ome" not in zarr.open_group(str(path), mode="r").attrs  # version 0.4 in zarr format 2
-    with _temporary(target, is_folder=True) as new:
+    with temporary_path(target, is_folder=True) as new:
         group = zarr.create_group(str(new), zarr_format=2 if old else 3)
         axes = "zyx"[-labels.ndim:]
         datasets, factor = [], 1

@@ -134,14 +134,15 @@ def predict_masks_shared(
     dense_embedding: Tensor,
     multimask_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `decoder(...)` computes for B prompts without mask inputs.
+    """Compute what `decoder(...)` computes for B prompts.
 
     Args:
         decoder: A mask decoder for which `supports_sharing` holds.
         image_embedding: (1, C, h, w).
         image_pe: Positional encoding (1, C, h, w).
         sparse_embeddings: Embedded points and boxes (B, P, C).
-        dense_embedding: What stands for "no mask" (1, C, h or 1, w or 1), the same for all prompts.
+        dense_embedding: The embedded mask, or what stands for "no mask": (1, C, h or 1, w or 1), the same for all
+            prompts.
         multimask_output: Whether to return the multi-mask outputs or the single-mask output.
 
     Returns:
@@ -179,6 +180,7 @@ def predict_low_res(
     labels: Tensor | None = None,
     boxes: Tensor | None = None,
     multimask_output: bool = True,
+    masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Predict low-resolution masks for prompts on the image that is set in the predictor.
 
@@ -191,6 +193,7 @@ def predict_low_res(
         labels: Labels (B, P) of the points: 1 positive, 0 negative, -1 padding.
         boxes: Boxes (B, 4), XYXY in the frame of the resized image, or None.
         multimask_output: Whether to return three masks per prompt instead of one.
+        masks: Mask prompts, logits (B, 1, h, w) of the model's mask input size, or None.
 
     Returns:
         Float32 logits (B, M, 256, 256) (a quarter of the model's image size) and predicted IoUs (B, M), on the
@@ -202,12 +205,12 @@ def predict_low_res(
     """
     if not predictor.is_image_set:
         raise NotInitializedError("No image is set in the predictor. Call set_precomputed or set_image first.")
-    if (points is None) != (labels is None) or (points is None and boxes is None):
+    if (points is None) != (labels is None) or (points is None and boxes is None and masks is None):
         raise InvalidInputError("Prompts are points with labels, boxes or both, but got "
                                 f"points={points is not None}, labels={labels is not None}, boxes={boxes is not None}.")
     model = predictor.model
     prompts = (None if points is None else (points, labels))
-    sparse, dense = model.prompt_encoder(points=prompts, boxes=boxes, masks=None)
+    sparse, dense = model.prompt_encoder(points=prompts, boxes=boxes, masks=masks)
     pe = model.prompt_encoder.get_dense_pe()
     n_tokens = 1 + getattr(model.mask_decoder, "num_mask_tokens", MAX_TOKENS) + sparse.shape[1]
     if n_tokens > MAX_TOKENS or not supports_sharing(model.mask_decoder):
@@ -215,9 +218,13 @@ def predict_low_res(
             image_embeddings=predictor.features, image_pe=pe, sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense, multimask_output=multimask_output,
         )
-    size = _CPU_CHUNK if sparse.device.type == "cpu" else max(len(sparse), 1)
+    if masks is None:
+        size = _CPU_CHUNK if sparse.device.type == "cpu" else max(len(sparse), 1)
+        chunks = [(chunk, dense[:1]) for chunk in sparse.split(size)]
+    else:  # each has an image of its own
+        chunks = list(zip(sparse.split(1), dense.split(1)))
     parts = [
-        predict_masks_shared(model.mask_decoder, predictor.features, pe, chunk, dense[:1], multimask_output)
-        for chunk in sparse.split(size)
+        predict_masks_shared(model.mask_decoder, predictor.features, pe, chunk, embedded, multimask_output)
+        for chunk, embedded in chunks
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

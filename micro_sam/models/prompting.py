@@ -56,25 +56,16 @@ def decode_prompts(
         labels = tensor(prompts.labels, torch.int)
     if prompts.boxes is not None:
         boxes = tensor(predictor.transform.apply_boxes(prompts.boxes, size))
-    if prompts.logits is None and (points is not None or boxes is not None):
-        return predict_low_res(predictor, points, labels, boxes, multimask_output)
-
-    model = predictor.model
     if prompts.logits is not None:
         masks = tensor(prompts.logits)
-        expected = tuple(model.prompt_encoder.mask_input_size)
+        expected = tuple(predictor.model.prompt_encoder.mask_input_size)
         if masks.ndim != 4 or tuple(masks.shape[1:]) != (1, *expected):
             raise InvalidInputError(
                 f"logits_masks must have the shape (N, 1, {expected[0]}, {expected[1]}) for this model, "
                 f"but have {tuple(masks.shape)}."
             )
-    sparse, dense = model.prompt_encoder(
-        points=None if points is None else (points, labels), boxes=boxes, masks=masks
-    )
-    return model.mask_decoder(
-        image_embeddings=predictor.features, image_pe=model.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=multimask_output,
-    )
+        return predict_low_res(predictor, points, labels, boxes, multimask_output, masks)
+    return predict_low_res(predictor, points, labels, boxes, multimask_output)
 
 
 def predict_boxed(

@@ -35,7 +35,7 @@ from .settings import (
 Segmenter = AMGBase | InstanceSegmentationWithDecoder
 
 # Planes above this size are split for the watershed, which then runs in parallel and in little memory.
-_BLOCK_WATERSHED_PIXELS = 4096**2
+BLOCK_WATERSHED_PIXELS = 4096**2
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def segmentation_steps(
         tiles["batch_size"] = batch_size
     yield from initialize_steps(segmenter, image, embeddings, **tiles)
 
-    if mode == "ais" and tiling and np.prod(image.shape[:2], dtype=np.int64) > _BLOCK_WATERSHED_PIXELS:
+    if mode == "ais" and tiling and np.prod(image.shape[:2], dtype=np.int64) > BLOCK_WATERSHED_PIXELS:
         generate_kwargs = {**tiling, **generate_kwargs}
     if hasattr(segmenter, "generate_steps"):
         labels = yield from segmenter.generate_steps(**generate_kwargs)

@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 
 from ..core.errors import ImageReadError, InvalidInputError, MissingFileError, OutputExistsError
-from ..core.output import _temporary
+from ..core.output import temporary_path
 from ..core.progress import Step, Steps, drain
 from .lineage import Lineages, Track, TrackForest, as_forest
 from .objects import check_series, read_frame
@@ -82,7 +82,7 @@ def write_ctc_steps(
     if highest > np.iinfo(np.uint32).max:
         raise InvalidInputError(f"The largest id that fits into these files is {2**32 - 1}, but there is {highest}.")
     ids = np.array([0, *forest])
-    with _temporary(path, is_folder=True) as new:
+    with temporary_path(path, is_folder=True) as new:
         new.mkdir()
         np.savetxt(new / "man_track.txt", forest.table(), fmt="%d")
         for t in range(tracks.shape[0]):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ImageReadError, InvalidInputError, MissingFileError, OutputExistsError, UnsupportedError
-from ..core.output import _temporary, smallest_dtype
+from ..core.output import smallest_dtype, temporary_path
 from ..core.progress import Step, Steps, drain
 from .lineage import Lineages, Link, Track, TrackForest, as_forest, forest_from_links
 from .objects import FrameObjects, check_series, find_objects, read_frame
@@ -70,7 +70,7 @@ def write_geff_steps(
         raise OutputExistsError(f"{path} exists. {advice} another output.")
     forest = as_forest(lineages, tracks)
     objects: list[FrameObjects] = []
-    with _temporary(path, is_folder=True) as new:
+    with temporary_path(path, is_folder=True) as new:
         group = zarr.create_group(str(new), zarr_format=2)
         highest = np.array([max(forest, default=0)])
         labels = group.create_array(

@@ -24,7 +24,7 @@ from ..embeddings.normalization import PERCENTILES, check_normalization, measure
 from ..segmentation.ais import MAP_NAMES
 from ..segmentation.planes import is_blank
 from ..segmentation.settings import check_options, generate_options, is_tiled, mode_of
-from ..segmentation.workflow import _BLOCK_WATERSHED_PIXELS, Segmenter, initialize_steps
+from ..segmentation.workflow import BLOCK_WATERSHED_PIXELS, Segmenter, initialize_steps
 from .merge import check_merge_options, check_output, check_output_holds, merge_steps
 
 _TEXT = "Segment slices"
@@ -186,7 +186,7 @@ def slices_steps(
     if output is None:
         output = np.zeros(shape, dtype=np.uint64)
     check_output(output, shape)
-    if mode == "ais" and tiling and np.prod(shape[1:], dtype=np.int64) > _BLOCK_WATERSHED_PIXELS:
+    if mode == "ais" and tiling and np.prod(shape[1:], dtype=np.int64) > BLOCK_WATERSHED_PIXELS:
         options = {**tiling, **options}
 
     embeddings = None
