@@ -10,6 +10,7 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import MaskDecoder
 from segment_anything.utils.amg import rle_to_mask
 
+from micro_sam.core import rle
 from micro_sam.core.errors import InvalidInputError, NotInitializedError
 from micro_sam.embeddings.encode import precompute_image_embeddings, set_precomputed
 from micro_sam.models import prompting
@@ -385,7 +386,7 @@ def test_blank_and_masked_tiles_are_skipped(predictor, image, drawn, placed):
 
 
 def state_of(masks, ious, shape=SHAPE):
-    rles = [{"size": list(shape), "counts": amg.rle.encode(mask).tolist()} for mask in masks]
+    rles = [{"size": list(shape), "counts": rle.encode(mask).tolist()} for mask in masks]
     boxes = []
     for mask in masks:
         y, x = np.nonzero(mask)

@@ -512,7 +512,7 @@ def test_correction_with_tiles_keeps_what_the_tile_does_not_see(tiny_predictor, 
 def test_a_correction_without_result_leaves_the_object(tiny_predictor, embeddings, monkeypatch):
     editor = ObjectEditor(disc((40, 60)).astype(np.uint8))
     monkeypatch.setattr(
-        "micro_sam.editing.objects.segment_from_mask",
+        "micro_sam.editing.refine.segment_from_mask",
         lambda *_, **__: (np.zeros((1, *SHAPE), dtype=bool), np.zeros(1), None),
     )
     with pytest.raises(InvalidInputError, match="finds nothing"):

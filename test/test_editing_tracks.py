@@ -12,15 +12,14 @@ from segment_anything import SamPredictor
 
 from micro_sam.core.errors import InvalidInputError
 from micro_sam.core.progress import Step
-from micro_sam.editing import tracks as module
+from micro_sam.editing import follow as module
+from micro_sam.editing.follow import propagate_track, propagate_track_steps
 from micro_sam.editing.history import Delta, EditConflictError
 from micro_sam.editing.tracks import (
     LineageError,
     Track,
     TrackEditor,
     lineage_problems,
-    propagate_track,
-    propagate_track_steps,
 )
 from micro_sam.embeddings.encode import precompute_image_embeddings
 from micro_sam.prompt_based_segmentation import segment_from_mask
@@ -412,7 +411,7 @@ def test_given_masks_are_kept_and_gaps_are_filled(tiny_predictor, no_embeddings,
     for masks, options, text in (
         ({}, {}, "at least one frame"), ({0: objects[3]}, {}, "and pixels"), ({8: objects[0]}, {}, "mask in frame 8"),
         ({0: objects[0], 5: objects[5]}, {"division_frames": [4]}, "mask in frame 5"),
-        ({0: objects[0]}, {"projection": "line"}, "projection must be one of"),
+        ({0: objects[0]}, {"projection": "line"}, "projection .line. is unknown"),
         ({0: objects[0]}, {"max_area_ratio": 0.5}, "at least 1"),
         ({0: objects[0][:5]}, {}, "must have the shape"),
     ):
