@@ -14,7 +14,7 @@ from .core.image import LazyImage, open_image
 from .core.output import is_done, label_path, prepare_folder, read_labels, write_labels
 from .core.progress import drain
 from .embeddings.encode import ImageEmbeddings, embedding_steps
-from .segmentation.settings import check_options, generate_options, init_options, is_tiled, mode_of
+from .segmentation.settings import check_options, check_tiled, generate_options, init_options, is_tiled, mode_of
 from .segmentation.workflow import (
     Segmenter,
     find_model,
@@ -165,12 +165,7 @@ def automatic_instance_segmentation(
     mode, tiled = mode_of(segmenter), is_tiled(segmenter)
     known = {**generate_options(mode, tiled), **dict.fromkeys((*VOLUME_OPTIONS, "with_background"))}
     check_options(generate_kwargs, known, f"the segmentation mode {mode!r}")
-    if tiled != (tile_shape is not None):
-        raise InvalidInputError(
-            f"The segmenter is {type(segmenter).__name__}, but tile_shape is {tile_shape}. "
-            f"{'Pass tile_shape' if tiled else 'Leave tile_shape out'}, or create a segmenter with "
-            f"is_tiled={not tiled}."
-        )
+    check_tiled(segmenter, tile_shape)
     choice = {"axes": axes, "channel": channel, "time": time, "level": level, "series": series}
     image = open_image(input_path, key, ndim=ndim, **choice)
     _note_stack(image)

@@ -36,6 +36,18 @@ def is_tiled(segmenter: Any) -> bool:
     return isinstance(segmenter, tuple(classes[1] for classes in SEGMENTER_CLASSES.values()))
 
 
+def check_tiled(segmenter: Any, tile_shape: Any) -> bool:
+    """Return whether a segmenter is tiled; raise `InvalidInputError` if it does not fit the tile shape (or None)."""
+    tiled = is_tiled(segmenter)
+    if tiled != (tile_shape is not None):
+        raise InvalidInputError(
+            f"The segmenter is {type(segmenter).__name__}, but tile_shape is {tile_shape}. "
+            f"{'Pass tile_shape' if tiled else 'Leave tile_shape out'}, or create a segmenter with "
+            f"is_tiled={not tiled}."
+        )
+    return tiled
+
+
 def decoder_hash(decoder: torch.nn.Module | None) -> str | None:
     """Return the hash of a decoder's weights, `xxh3_128:<hex>`; None without decoder."""
     if decoder is None:

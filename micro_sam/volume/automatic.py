@@ -23,7 +23,7 @@ from ..embeddings.encode import ImageEmbeddings, embedding_steps, set_precompute
 from ..embeddings.normalization import PERCENTILES, check_normalization, measure_range
 from ..segmentation.ais import MAP_NAMES
 from ..segmentation.planes import is_blank
-from ..segmentation.settings import check_options, generate_options, is_tiled, mode_of
+from ..segmentation.settings import check_options, check_tiled, generate_options, mode_of
 from ..segmentation.workflow import BLOCK_WATERSHED_PIXELS, Segmenter, initialize_steps
 from .merge import check_merge_options, check_output, check_output_holds, merge_steps
 
@@ -212,13 +212,7 @@ def _check_arguments(stack, segmenter, tile_shape, halo, batch_size, mask) -> tu
             "For a single image pass image[None]."
         )
     require_positive_int("batch_size", batch_size)
-    mode, tiled = mode_of(segmenter), is_tiled(segmenter)
-    if tiled != (tile_shape is not None):
-        raise InvalidInputError(
-            f"The segmenter is {type(segmenter).__name__}, but tile_shape is {tile_shape}. "
-            f"{'Pass tile_shape' if tiled else 'Leave tile_shape out'}, or create a segmenter with "
-            f"is_tiled={not tiled}."
-        )
+    mode, tiled = mode_of(segmenter), check_tiled(segmenter, tile_shape)
     if not tiled:
         for name, value in (("halo", halo), ("mask", mask)):
             if value is not None:
