@@ -149,7 +149,7 @@ def automatic_instance_segmentation(
         series: Which image to take of a file with several ones.
         embedding_options: More options of `precompute_image_embeddings`, for example `normalization`.
         generate_kwargs: Options of `segmenter.generate`; for volumes also `gap_closing`, `min_z_extent`,
-            `with_background`, `beta` and `mask_with_background`, see `automatic_3d_segmentation`.
+            `with_background`, `beta`, `neck_penalty` and `mask_with_background`, see `automatic_3d_segmentation`.
 
     Returns:
         Labels (Y, X) or (Z, Y, X), uint64 for AIS and volumes and uint32 else, 0 is background; and the embeddings if

@@ -100,7 +100,7 @@ def test_is_the_best_of_all_partitions(seed):
         best = max(
             sum(w for (u, v), w in weights.items() if clusters[u] == clusters[v]) for clusters in every_partition
         )
-        labels = merge(slices, beta=beta)
+        labels = merge(slices, beta=beta, neck_penalty=0)
         found = {i: int(labels[slices == i][0]) for i in objects}
         assert all((labels[slices == i] == found[i]).all() for i in objects)
         assert sum(w for (u, v), w in weights.items() if found[u] == found[v]) == pytest.approx(best)
@@ -313,7 +313,7 @@ def test_noise_is_merged_like_brute_force():
     truth = ndimage.zoom(rng.integers(0, 12, (4, 8, 8)), (2, 3, 3), order=0)
     noisy = np.where(rng.random(truth.shape) < 0.3, rng.integers(0, 12, truth.shape), truth)
     slices = unique_per_slice(noisy)
-    labels = merge(slices)
+    labels = merge(slices, neck_penalty=0)
     weights = reference_weights(slices, 0.5)
     found = dict(zip(slices.ravel().tolist(), labels.ravel().tolist()))
     assert all((labels[slices == i] == found[i]).all() for i in found)
@@ -325,3 +325,18 @@ def test_noise_is_merged_like_brute_force():
                 other = found[v if u == node else u]
                 gains[other] = gains.get(other, 0) + w
         assert gains.get(found[node], 0) >= max(0, *gains.values()) - 1e-9 if gains else True
+
+
+def test_necks_separate_objects_on_top_of_each_other():
+    z, y, x = np.indices((12, 21, 21))
+    radii = [2.5, 3.2, 4, 4, 3.2, 2.5] * 2
+    discs = [np.hypot(y[k] - 10, x[k] - (8.7 if k < 6 else 11.3)) < radius for k, radius in enumerate(radii)]
+    truth = np.array(discs) * np.where(z < 6, 1, 2).astype(np.uint16)
+    slices = unique_per_slice(truth)
+    assert same_partition(merge(slices), truth)
+    assert np.unique(merge(slices, neck_penalty=0)).tolist() == [0, 1]
+    # Where sizes only fall, no penalty is too large.
+    cone = (np.hypot(y - 10, x - 10) < 9 - z / 2).astype(np.uint16)
+    assert same_partition(merge(unique_per_slice(cone), neck_penalty=1000.0), cone)
+    with pytest.raises(InvalidInputError, match="neck_penalty"):
+        merge(slices, neck_penalty=-1)

@@ -65,6 +65,9 @@ def get_parser() -> Parser:
     )
     volumes.add_argument("--min_z_extent", type=int, metavar="N", help="volumes: remove objects in fewer planes")
     volumes.add_argument("--beta", type=float, help="volumes: above 0.5 objects merge more readily, below less")
+    volumes.add_argument(
+        "--neck_penalty", type=float, metavar="X", help="volumes: how strongly necks separate objects; default: 1"
+    )
     volumes.add_argument("--min_time_extent", type=int, metavar="N", help="tracking: remove tracks in fewer frames")
     volumes.add_argument(
         "--tracking_mode", choices=("greedy", "greedy_nodiv", "ilp"), default="greedy",
@@ -149,7 +152,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be done, before anything is imported or opened."""
     if args.annotate:
         raise UnsupportedError("--annotate needs the annotation tools, which are not part of this version yet.")
-    misplaced = ("min_z_extent", "beta") if args.tracking else ("min_time_extent",)
+    misplaced = ("min_z_extent", "beta", "neck_penalty") if args.tracking else ("min_time_extent",)
     for name in misplaced:
         if getattr(args, name) is not None:
             raise InvalidInputError(f"--{name} is for {'volumes' if args.tracking else 'tracking'}. Leave it out.")
@@ -161,7 +164,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _volume_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options for volumes that were given."""
-    given = {name: getattr(args, name) for name in ("gap_closing", "min_z_extent", "beta")}
+    given = {name: getattr(args, name) for name in ("gap_closing", "min_z_extent", "beta", "neck_penalty")}
     return {name: value for name, value in given.items() if value is not None}
 
 

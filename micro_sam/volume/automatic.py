@@ -46,6 +46,7 @@ def automatic_3d_segmentation(
     batch_size: int = 1,
     *,
     beta: float = 0.5,
+    neck_penalty: float = 1.0,
     mask_with_background: bool | None = None,
     mask: Any = None,
     output: Any = None,
@@ -72,6 +73,7 @@ def automatic_3d_segmentation(
         return_embeddings: Whether to return the embeddings as well; without `embedding_path` all are then in memory.
         batch_size: Slices (or tiles) per call of the encoder and of the decoder. It does not change the result.
         beta: Above 0.5 objects are merged more readily, below less.
+        neck_penalty: How strongly necks separate objects that lie on top of each other, see there.
         mask_with_background: The option `with_background` of the mask generator (mode `amg`): whether the largest
             object of a slice is removed if it is the background. None for its default.
         mask: Array (Z, Y, X), may be lazy: only tiles that touch a non-zero pixel are processed. Needs tiles.
@@ -94,8 +96,8 @@ def automatic_3d_segmentation(
     """
     steps = volume_steps(
         volume, predictor, segmentor, embedding_path, with_background, gap_closing, min_z_extent, tile_shape, halo,
-        return_embeddings, batch_size, beta=beta, mask_with_background=mask_with_background, mask=mask, output=output,
-        embedding_options=embedding_options, **kwargs,
+        return_embeddings, batch_size, beta=beta, neck_penalty=neck_penalty, mask_with_background=mask_with_background,
+        mask=mask, output=output, embedding_options=embedding_options, **kwargs,
     )
     labels, embeddings = drain(steps, verbose=verbose, pbar_init=pbar_init, pbar_update=pbar_update)
     return (labels, embeddings) if return_embeddings else labels
@@ -115,6 +117,7 @@ def volume_steps(
     batch_size: int = 1,
     *,
     beta: float = 0.5,
+    neck_penalty: float = 1.0,
     mask_with_background: bool | None = None,
     mask: Any = None,
     output: Any = None,
@@ -125,14 +128,15 @@ def volume_steps(
 
     Closing it cancels the work; embeddings on disk are kept and the next call goes on from there.
     """
-    check_merge_options(beta, gap_closing, min_z_extent)
+    check_merge_options(beta, gap_closing, min_z_extent, neck_penalty)
     labels, embeddings = yield from slices_steps(
         volume, predictor, segmentor, embedding_path, tile_shape, halo, return_embeddings, batch_size,
         mask_with_background=mask_with_background, mask=mask, output=output, embedding_options=embedding_options,
         **kwargs,
     )
     labels = yield from merge_steps(
-        labels, beta, with_background, gap_closing, min_z_extent, ids_per_slice=True, output=labels
+        labels, beta, with_background, gap_closing, min_z_extent, ids_per_slice=True, output=labels,
+        neck_penalty=neck_penalty,
     )
     return labels, embeddings
 

@@ -17,7 +17,7 @@ from ..segmentation.workflow import Segmenter, output_settings, segmentation_ste
 from .automatic import volume_steps
 
 # Options of `automatic_3d_segmentation` beside those of `generate`. For a stack `with_background` means its own.
-VOLUME_OPTIONS = ("gap_closing", "min_z_extent", "beta", "mask_with_background")
+VOLUME_OPTIONS = ("gap_closing", "min_z_extent", "beta", "neck_penalty", "mask_with_background")
 
 
 def split_options(options: Mapping[str, Any], ndim: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,6 +30,7 @@ def merge_instance_segmentation_3d(
     *,
     ids_per_slice: bool = False,
     output: Any = None,
+    neck_penalty: float = 1.0,
 ) -> np.ndarray:
     """Merge the objects of slices to objects in 3D.
 
@@ -37,6 +38,10 @@ def merge_instance_segmentation_3d(
     (for `beta` 0.5), else they repel each other; the multicut of this graph is the result. The multicut is found by
     local search (Kernighan-Lin) in each component of attracting objects, as in Alush and Goldberger, Break and
     conquer (2013), https://doi.org/10.1007/978-3-642-39140-8_9.
+
+    Outlines alone do not tell an object from two that lie on top of each other. These meet at a neck: objects grow
+    again on either side of it. `neck_penalty * ln(r)` is taken from the attraction of two objects if both of them
+    become at least r times larger, each on its own side.
 
     Args:
         slice_segmentation: Labels (Z, Y, X), integers, may be lazy (zarr, dask, a memory map): it is read slice by
@@ -53,6 +58,7 @@ def merge_instance_segmentation_3d(
         ids_per_slice: Whether the same id in two slices means nothing, so that each slice may count from 1.
         output: Array or zarr array (Z, Y, X) of integers to write to, which may be `slice_segmentation` itself; None
             for a new one. Chunks of one slice are the fastest.
+        neck_penalty: How strongly necks separate objects; 0 looks at overlaps only, as version 1 did.
 
     Returns:
         Labels (Z, Y, X), uint64 or `output`, consecutive from 1 in the order in which objects start.
@@ -71,7 +77,7 @@ def merge_instance_segmentation_3d(
     """
     steps = merge_steps(
         slice_segmentation, beta, with_background, gap_closing, min_z_extent, ids_per_slice=ids_per_slice,
-        output=output,
+        output=output, neck_penalty=neck_penalty,
     )
     return drain(steps, verbose=verbose, pbar_init=pbar_init, pbar_update=pbar_update)
 
@@ -85,9 +91,10 @@ def merge_steps(
     *,
     ids_per_slice: bool = False,
     output: Any = None,
+    neck_penalty: float = 1.0,
 ) -> Steps[np.ndarray]:
     """Generator behind `merge_instance_segmentation_3d`. If it is closed, the content of `output` is undefined."""
-    check_merge_options(beta, gap_closing, min_z_extent)
+    check_merge_options(beta, gap_closing, min_z_extent, neck_penalty)
     segmentation = slice_segmentation
     if not (hasattr(segmentation, "shape") and hasattr(segmentation, "dtype")):
         segmentation = np.asarray(segmentation)
@@ -108,7 +115,7 @@ def merge_steps(
     if not ids_per_slice:
         graph.check_unique_ids()
 
-    ids = graph.solve(beta, min_z_extent or 0)
+    ids = graph.solve(beta, min_z_extent or 0, neck_penalty)
     if output is None:
         output = np.zeros(shape, dtype=np.uint64)
     check_output_holds(output, int(ids.max(initial=0)))
@@ -119,8 +126,12 @@ def merge_steps(
     return output
 
 
-def check_merge_options(beta: float, gap_closing: int | None, min_z_extent: int | None) -> None:
+def check_merge_options(
+    beta: float, gap_closing: int | None, min_z_extent: int | None, neck_penalty: float = 1.0
+) -> None:
     """Raise `InvalidInputError` for options that are out of range."""
+    if not 0 <= neck_penalty < np.inf:
+        raise InvalidInputError(f"neck_penalty must be 0 or more, but is {neck_penalty!r}.")
     if not 0 < beta < 1:
         raise InvalidInputError(f"beta must lie between 0 and 1, without these, but is {beta!r}.")
     for name, value in (("gap_closing", gap_closing), ("min_z_extent", min_z_extent)):
@@ -213,7 +224,7 @@ class _OverlapGraph:
         is_edge = (below >= self._first_node[max(0, z - 1 - self._longest_gap)]) & (above > 0)
         first, n_above = self._first_node[z], max(1, len(self._sizes[z]))
         pairs, index = np.unique(below[is_edge] * n_above + above[is_edge] - first, return_inverse=True)
-        overlaps = np.bincount(index, weights=lengths[is_edge], minlength=len(pairs))
+        overlaps = np.bincount(index, weights=lengths[is_edge], minlength=len(pairs)).astype(np.int64)
         below = pairs // n_above
         return np.stack([below, pairs % n_above + first, overlaps, below >= self._first_node[z - 1]], axis=1)
 
@@ -231,17 +242,38 @@ class _OverlapGraph:
                 "to one slice. Pass ids_per_slice=True if equal ids in different slices mean nothing."
             )
 
-    def solve(self, beta: float, min_z_extent: int) -> np.ndarray:
+    def _necks(self, below: np.ndarray, above: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
+        """How many times larger the two objects of each edge become, on its own side the one that grows less."""
+        sizes = np.concatenate(self._sizes)
+        largest = []
+        for start, end, order in ((below, above, range(len(self._sizes) - 1, -1, -1)),
+                                  (above, below, range(len(self._sizes)))):
+            by_overlap = np.argsort(overlaps, kind="stable")
+            partner = np.arange(len(sizes))
+            partner[start[by_overlap]] = end[by_overlap]  # the last one, of the largest overlap, stays
+            side = sizes.copy()
+            for z in order:
+                nodes = slice(self._first_node[z] - 1, self._first_node[z + 1] - 1)
+                side[nodes] = np.maximum(side[nodes], side[partner[nodes]])
+            largest.append(side)
+        upwards, downwards = largest
+        return np.minimum(downwards[below] / sizes[below], upwards[above] / sizes[above])
+
+    def solve(self, beta: float, min_z_extent: int, neck_penalty: float) -> np.ndarray:
         """Return the final id of each node; 0 for node 0 and for objects that span too few slices."""
         n_nodes = self._first_node[-1] - 1
         clusters = np.arange(n_nodes)
-        below, above, overlaps, are_neighbours = np.concatenate([np.zeros((0, 4)), *self._edges]).T
+        edges = np.concatenate([np.zeros((0, 4), dtype=np.int64), *self._edges])
+        edges[:, :2] -= 1
+        below, above, overlaps, are_neighbours = edges.T
         if len(overlaps):
-            probability = 0.998 * overlaps / np.concatenate(self._sizes)[below.astype(int) - 1] + 0.001
+            probability = 0.998 * overlaps / np.concatenate(self._sizes)[below] + 0.001
             weights = 1 - np.log((1 - probability) / probability) - np.log((1 - beta) / beta)
+            # 1 where there is no neck, as the sizes on one of the sides only fall
+            weights -= neck_penalty * np.log(np.maximum(self._necks(below, above, overlaps), 1))
             # Across a gap only attraction counts: there the rim of an object sees past its own next part.
             keep = (are_neighbours > 0) | (weights > 0)
-            edges = np.stack([below[keep], above[keep]], axis=1).astype(np.uint64) - np.uint64(1)
+            edges = np.stack([below[keep], above[keep]], axis=1).astype(np.uint64)
             objective = MulticutObjective(UndirectedGraph.from_edges(n_nodes, edges), weights[keep])
             clusters = MulticutDecomposer(KernighanLinMulticut()).optimize(objective)
 
