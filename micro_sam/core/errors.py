@@ -23,6 +23,10 @@ class MissingFileError(InvalidInputError, FileNotFoundError):
     """A file or folder that was named does not exist."""
 
 
+class NoObjectsError(InvalidInputError, RuntimeError):
+    """There are no labelled objects where some are needed, for example in the patches for training."""
+
+
 class ImageReadError(InvalidInputError):
     """A file exists, but no image could be read from it (format, key, axes, damaged content)."""
 
@@ -91,6 +95,14 @@ class PromptTileError(InvalidInputError, RuntimeError):
 
 class UnsupportedError(MicroSamError, NotImplementedError):
     """The feature is not part of this installation or version."""
+
+
+class MissingPackageError(UnsupportedError, ModuleNotFoundError):
+    """The feature needs a package that is not installed; the message says how to install it."""
+
+
+class PeftError(InvalidInputError, RuntimeError):
+    """The options of parameter-efficient finetuning do not fit each other or the model."""
 
 
 def require_positive_int(name: str, value: object) -> None:

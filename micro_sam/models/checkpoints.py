@@ -23,7 +23,6 @@ _VIT_DEPTHS = {"vit_b": 12, "vit_l": 24, "vit_h": 32}
 _VIT_KEY = f"{ENCODER}patch_embed.proj.weight"
 _TINY_KEYS = (f"{ENCODER}patch_embed.seq.0.c.weight", f"{ENCODER}layers.1.blocks.0.attn.attention_biases")
 _DECODER_PREFIXES = ("base.", "decoder.", "deconv", "decoder_head.", "out_conv.")
-_PEFT_MARKS = (".w_a_linear_", ".w_b_linear_", ".FacTu", ".qkv_proj.", ".mlp_layer.", ".mlp_proj.", ".adaptor.")
 
 State = Mapping[str, Any]
 
@@ -129,7 +128,7 @@ def _check_file(path: Path) -> None:
         )
 
 
-def _read(path: Path, mmap: bool) -> tuple[Any, tuple[str, ...]]:
+def read_torch_file(path: Path, mmap: bool = False) -> tuple[Any, tuple[str, ...]]:
     """Read a torch file without running code from it. Returns the content and the names that were not loaded."""
     _check_file(path)
     is_zip = zipfile.is_zipfile(path)
@@ -183,7 +182,8 @@ def _refusal(path: Path, refused) -> str:
     )
 
 
-def _check_weights(part: Any, name: str, path: Path, refused: tuple[str, ...]) -> State:
+def check_weights(part: Any, name: str, path: Path, refused: tuple[str, ...]) -> State:
+    """Return a part of a file's content if it maps names to tensors, else raise `CheckpointError`."""
     if contains_inert(part):
         raise UnsafeCheckpointError(_refusal(path, refused))
     if not isinstance(part, Mapping) or not part:
@@ -226,18 +226,24 @@ def read_checkpoint(path: str | os.PathLike, *, prefix: str = "sam.", mmap: bool
         UnsafeCheckpointError: If its weights need code from the file, which is never run.
     """
     path = Path(path)
-    content, refused = _read(path, mmap)
+    content, refused = read_torch_file(path, mmap)
     if not isinstance(content, Mapping) and contains_inert(content):
         raise UnsafeCheckpointError(_refusal(path, refused))
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} holds {type(content).__name__} instead of named weights. Pass a checkpoint, not a whole model."
         )
+    if "adapter_state" in content:
+        raise CheckpointError(
+            f"{path} holds only the adapter of a model. Load the base model, then call "
+            "micro_sam.models.adapters.load_adapter(predictor, path)."
+        )
     if "model_state" in content:
-        weights = _check_weights(content["model_state"], "'model_state'", path, refused)
-        weights = {_strip(key, prefix): value for key, value in weights.items()}
+        weights = check_weights(content["model_state"], "'model_state'", path, refused)
+        # Training on several devices puts "module." before all other prefixes.
+        weights = {_strip(_strip(key, "module."), prefix): value for key, value in weights.items()}
     else:
-        weights = dict(_check_weights(content, "The content", path, refused))
+        weights = dict(check_weights(content, "The content", path, refused))
 
     decoder_state = content.get("decoder_state") if "model_state" in content else None
     split = _split_unetr(weights)
@@ -265,7 +271,7 @@ def read_checkpoint(path: str | os.PathLike, *, prefix: str = "sam.", mmap: bool
 
 
 def _clean_decoder(state: Any, name: str, path: Path, refused: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    state = _check_weights(state, name, path, refused)
+    state = check_weights(state, name, path, refused)
     return {key: value for key, value in state.items() if not key.startswith("encoder.")}
 
 
@@ -280,7 +286,7 @@ def read_decoder(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         CheckpointError: If it holds no decoder.
     """
     path = Path(path)
-    content, refused = _read(path, mmap=False)
+    content, refused = read_torch_file(path, mmap=False)
     settings = content.get("decoder_settings") if isinstance(content, Mapping) else None
     for key in ("decoder_state", "model_state"):
         if isinstance(content, Mapping) and key in content:
@@ -299,8 +305,3 @@ def load_checkpoint(checkpoint_path: str | os.PathLike) -> tuple[State, State]:
     """Read a checkpoint and return its whole content and the SAM weights under SAM's names, see `read_checkpoint`."""
     checkpoint = read_checkpoint(checkpoint_path)
     return checkpoint.state, checkpoint.model_state
-
-
-def uses_peft(model_state: State) -> bool:
-    """Whether the weights belong to a network with layers for parameter-efficient finetuning (LoRA and others)."""
-    return any(mark in key for key in model_state if key.startswith(ENCODER) for mark in _PEFT_MARKS)

@@ -9,12 +9,14 @@ import torch
 from ..core.errors import CheckpointError, DecoderMissingError
 from .checkpoints import ENCODER, detect_architecture, read_checkpoint
 from .files import replacing
+from .peft_description import detect_peft
 from .registry import download_sam_model
 
 _LORA_LAYERS = tuple(f"w_{side}_linear_{part}" for side in "ab" for part in ("q", "k", "v", "1", "2"))
 
 
-def _save(content: Mapping[str, Any], save_path: str | os.PathLike) -> None:
+def save_checkpoint(content: Mapping[str, Any], save_path: str | os.PathLike) -> None:
+    """Write a torch file that is complete or absent."""
     with replacing(save_path) as new, open(new, "wb") as f:
         try:
             torch.save(content, f)
@@ -37,6 +39,10 @@ def export_custom_sam_model(
 ) -> None:
     """Export a training checkpoint as plain SAM weights that any program for Segment Anything reads.
 
+    Layers of parameter-efficient finetuning (LoRA and others) stay as they are, and the file then holds a
+    `model_state`, and `settings` that describe them. For plain weights, merge them with
+    `micro_sam.models.adapters.merge_adapter`.
+
     Args:
         checkpoint_path: The training checkpoint.
         model_type: Its architecture, or a name that starts with it.
@@ -51,17 +57,21 @@ def export_custom_sam_model(
     """
     checkpoint = read_checkpoint(checkpoint_path, prefix=prefix)
     _check_architecture(checkpoint.model_state, model_type, checkpoint_path)
-    if not with_segmentation_decoder:
-        _save(dict(checkpoint.model_state), save_path)
+    has_layers = detect_peft(checkpoint.model_state, str(checkpoint_path)) is not None
+    if not (with_segmentation_decoder or has_layers):
+        save_checkpoint(dict(checkpoint.model_state), save_path)
         return
-    if checkpoint.decoder_state is None:
+    if with_segmentation_decoder and checkpoint.decoder_state is None:
         raise DecoderMissingError(
             f"{checkpoint_path} has no segmentation decoder. Export without with_segmentation_decoder, or pass a "
             "checkpoint that was trained with one."
         )
-    content = {"model_state": dict(checkpoint.model_state), "decoder_state": dict(checkpoint.decoder_state)}
-    recorded = {"settings": checkpoint.settings, "decoder_settings": checkpoint.decoder_settings}
-    _save(content | {name: dict(value) for name, value in recorded.items() if value}, save_path)
+    content = {"model_state": dict(checkpoint.model_state)}
+    recorded = {"settings": checkpoint.settings}
+    if with_segmentation_decoder:
+        content["decoder_state"] = dict(checkpoint.decoder_state)
+        recorded["decoder_settings"] = checkpoint.decoder_settings
+    save_checkpoint(content | {name: dict(value) for name, value in recorded.items() if value}, save_path)
 
 
 def _base_name(name: str) -> str:
@@ -129,4 +139,4 @@ def export_custom_qlora_model(
             "export_custom_sam_model."
         )
     rest = {k: v for k, v in checkpoint.state.items() if k in ("decoder_state", "settings", "decoder_settings")}
-    _save({"model_state": merged} | rest, save_path)
+    save_checkpoint({"model_state": merged} | rest, save_path)

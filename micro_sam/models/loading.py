@@ -1,5 +1,6 @@
 """From the name of a model, or a checkpoint, to a network that is ready."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,19 +17,19 @@ from ..core.errors import (
     CheckpointError,
     DecoderMissingError,
     HashMismatchError,
-    InvalidInputError,
     InvalidTypeError,
     MissingFileError,
     UnknownModelError,
-    UnsupportedError,
     nearest_names,
 )
 from ..core.settings import get_device
 from .build_sam import ARCHITECTURES, build_sam
-from .checkpoints import Checkpoint, read_checkpoint, read_decoder, uses_peft
+from .checkpoints import ENCODER, Checkpoint, read_checkpoint, read_decoder
 from .decoder import DecoderAdapter, get_decoder
 from .export import export_custom_qlora_model, export_custom_sam_model
 from .hashing import file_hash
+from .peft_description import choose_peft, peft_settings
+from .peft_sam import PEFT_Sam
 from .registry import download_sam_model, find_spec, get_model_names, list_models
 from .specs import DEFAULT_MODEL, MODELS, ModelSpec
 from .weight_loading import SkipInit, load_weights, load_weights_flexibly
@@ -90,20 +91,11 @@ def _locate(model_type: str, checkpoint_path: Any, decoder_path: Any, progress_b
     return _Source(Path(path), found, decoder_path, spec)
 
 
-def _check_kwargs(model_type: str, peft_kwargs: Mapping | None, model_kwargs: Mapping[str, Any]) -> None:
+def _check_kwargs(model_kwargs: Mapping[str, Any]) -> None:
     unknown = [name for name in model_kwargs if name not in _MODEL_KWARGS]
     if unknown:
         raise InvalidTypeError(
             f"get_sam_model got the unknown argument {unknown[0]!r}. {nearest_names(unknown[0], _MODEL_KWARGS)}"
-        )
-    if peft_kwargs is not None and not isinstance(peft_kwargs, Mapping):
-        raise InvalidTypeError(f"peft_kwargs must be a dict, but is {type(peft_kwargs).__name__}.")
-    if peft_kwargs:
-        if model_type.startswith("vit_t"):
-            raise InvalidInputError("peft_kwargs are not possible with vit_t. Use vit_b, vit_l or vit_h.")
-        raise UnsupportedError(
-            "peft_kwargs (LoRA and other parameter-efficient finetuning) arrives with finetuning and is not part of "
-            "this version. Leave peft_kwargs out, and pass a checkpoint that was finetuned without it."
         )
 
 
@@ -114,15 +106,27 @@ def _choose_architecture(named: str | None, checkpoint: Checkpoint) -> str:
             f"The checkpoint {checkpoint.path} holds a {found}, not a {named}: it is loaded as {found}. "
             f"Pass model_type={found!r}.", stacklevel=3,
         )
-    if uses_peft(checkpoint.model_state):
-        raise UnsupportedError(
-            f"The checkpoint {checkpoint.path} was finetuned with parameter-efficient layers (LoRA or others), which "
-            "arrive with finetuning and are not part of this version."
-        )
     return found
 
 
-def _build(architecture: str, checkpoint: Checkpoint, spec: ModelSpec | None, flexible: bool, kwargs: dict) -> Sam:
+def _check_peft_kwargs(peft_kwargs: Mapping | None) -> None:
+    """Raise before anything is downloaded. The rank may be missing: the checkpoint may tell it."""
+    is_partial = isinstance(peft_kwargs, Mapping) and peft_kwargs and "rank" not in peft_kwargs
+    peft_settings({**peft_kwargs, "rank": 1} if is_partial else peft_kwargs)
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    if any(key.startswith(ENCODER) and key.endswith(".absmax") for key in checkpoint.model_state):
+        raise CheckpointError(
+            f"The encoder in {checkpoint.path} is quantised to 4 bits (QLoRA). Export it with "
+            "micro_sam.util.export_custom_qlora_model, which also needs the base model, and load what that writes."
+        )
+
+
+def _build(
+    architecture: str, checkpoint: Checkpoint, spec: ModelSpec | None, flexible: bool, peft_kwargs: Mapping | None,
+    kwargs: dict,
+) -> Sam:
     """Build the network and load the weights into it."""
     sizes = (kwargs.get("image_size"), spec and spec.path and spec.image_size, checkpoint.image_size,
              spec and spec.image_size)
@@ -135,18 +139,36 @@ def _build(architecture: str, checkpoint: Checkpoint, spec: ModelSpec | None, fl
             f"{checkpoint.path} has no weights for prompts (mask decoder), so points, boxes and 'amg' give random "
             "results. Use it for automatic segmentation with the decoder ('ais').", stacklevel=4,
         )
+    _refuse_quantized(checkpoint)
+    peft, has_layers = choose_peft(peft_kwargs, checkpoint.model_state, checkpoint.settings.get("peft"), source)
+    peft = peft | {"quantize": False}
+    # Random weights of the large networks take a second, and all are replaced if the checkpoint must fit exactly.
+    all_replaced = architecture != "vit_t" and checkpoint.is_complete and not flexible
+    with SkipInit() if all_replaced else contextlib.nullcontext():
+        sam = build_sam(architecture, **arguments)
+        if has_layers:
+            PEFT_Sam(sam, **peft)
     if flexible:
-        sam = build_sam(architecture, **arguments)
         load_weights_flexibly(sam, checkpoint.model_state, source)
-    elif architecture == "vit_t" or not checkpoint.is_complete:
-        sam = build_sam(architecture, **arguments)
+    else:
         may_lack = () if checkpoint.is_complete else ("prompt_encoder.", "mask_decoder.")
         load_weights(sam, checkpoint.model_state, source, may_lack)
-    else:  # random weights of the large networks take a second, and all are replaced
-        with SkipInit():
-            sam = build_sam(architecture, **arguments)
-        load_weights(sam, checkpoint.model_state, source)
+    if peft_kwargs and not has_layers:
+        PEFT_Sam(sam, **peft)
+    if checkpoint.settings.get("scale_positions") and checkpoint.image_size:
+        _scale_positions(sam, checkpoint.image_size)
     return sam
+
+
+def _scale_positions(sam: Sam, trained_size: int) -> None:
+    """Make the position encoding of prompts a function of pixels on the canvas, whatever the size of the canvas.
+
+    SAM encodes positions relative to the canvas. A model without absolute position embedding in its encoder that was
+    trained at one size then also follows prompts at another, at which objects keep their size in pixels.
+    """
+    positions = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+    positions *= sam.image_encoder.img_size / trained_size
+    sam.scales_positions = True
 
 
 @dataclass(frozen=True)
@@ -162,13 +184,14 @@ def _load(
     progress_bar_factory: Callable | None, decoder_path: Any, with_state: bool, model_kwargs: dict[str, Any],
 ) -> _Loaded:
     device = get_device(device)
-    _check_kwargs(model_type, peft_kwargs, model_kwargs)
+    _check_kwargs(model_kwargs)
+    _check_peft_kwargs(peft_kwargs)
     named = find_spec(model_type).architecture if checkpoint_path is None else _check_name_of_checkpoint(model_type)
     source = _locate(model_type, checkpoint_path, decoder_path, progress_bar_factory)
     # Weights are copied into the network, so the file can be mapped; a state that is handed out must not depend on it.
     checkpoint = read_checkpoint(source.path, mmap=not with_state)
     architecture = _choose_architecture(named, checkpoint)
-    sam = _build(architecture, checkpoint, source.spec, flexible, model_kwargs).to(device)
+    sam = _build(architecture, checkpoint, source.spec, flexible, peft_kwargs, model_kwargs).to(device)
 
     predictor = SamPredictor(sam)
     predictor.model_type = architecture
@@ -208,7 +231,11 @@ def get_sam_model(
         return_sam: Whether to return the network too.
         return_state: Whether to return the content of the checkpoint too. If there is a segmentation decoder,
             its weights are in it as `decoder_state`, and what is recorded about it as `decoder_settings`.
-        peft_kwargs: Not supported yet.
+        peft_kwargs: Options of parameter-efficient finetuning (LoRA and others), as in
+            `micro_sam.models.peft_sam.PEFT_Sam`. Not needed for a checkpoint that was finetuned so: its layers are
+            found. To start such a finetuning, pass them with a checkpoint that has no such layers: it gets new ones,
+            which change nothing until they are trained. `quantize` only concerns training, see
+            `micro_sam.models.peft_sam.quantize_encoder`.
         flexible_load_checkpoint: Whether to load what fits and warn about the rest instead of raising. Position
             embeddings of another image size are interpolated.
         progress_bar_factory: Called with a name for each download; returns a bar like tqdm's.
@@ -226,7 +253,7 @@ def get_sam_model(
         MissingFileError: If a file does not exist.
         CheckpointError: If the file is damaged, not a checkpoint, or does not fit.
         DownloadError: If the download fails; says what to do then.
-        UnsupportedError: For `peft_kwargs`.
+        PeftError: If `peft_kwargs` are not valid.
 
     Example:
         >>> predictor = get_sam_model("vit_t_lite", device="cpu")
@@ -267,7 +294,7 @@ def get_predictor_and_decoder(
         model_type: See `get_sam_model`, also for the other arguments.
         checkpoint_path: A checkpoint to load instead.
         device: Where to put both.
-        peft_kwargs: Not supported yet.
+        peft_kwargs: See `get_sam_model`.
         decoder_path: A file with the weights of the decoder, instead of the model's own.
         flexible_load_checkpoint: Whether to load what fits of the model's weights.
         progress_bar_factory: Called with a name for each download; returns a bar like tqdm's.

@@ -69,7 +69,7 @@ class MaskUpsampler:
         self.original_size = tuple(int(s) for s in original_size)
         self._matrices, self._reach = [], []
         for inner, outer in zip(input_size, self.original_size):
-            matrix = _resize_matrix(low_res, canvas, int(inner), outer)
+            matrix = resize_matrix(low_res, canvas, int(inner), outer)
             used = (matrix != 0).numpy()
             # First and last logit that each pixel depends on; both grow with the pixel.
             self._reach.append((used.argmax(1), low_res - 1 - used[:, ::-1].argmax(1)))
@@ -132,7 +132,7 @@ class MaskUpsampler:
         return PredictedMask((y.start + top, x.start + left), mask, int(np.count_nonzero(mask)), stability)
 
 
-def _resize_matrix(low_res: int, canvas: int, inner: int, outer: int) -> torch.Tensor:
+def resize_matrix(low_res: int, canvas: int, inner: int, outer: int) -> torch.Tensor:
     """Matrix (outer, low_res) of the two resizing steps along one axis."""
     rows = torch.eye(low_res)[None]
     rows = F.interpolate(rows, canvas, mode="linear", align_corners=False)[..., :inner]

@@ -35,6 +35,29 @@ def _relevant(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v for k, v in state.items() if k not in _IGNORED and not k.endswith(_IGNORED_SUFFIXES)}
 
 
+def check_fit(
+    network: nn.Module, state: Mapping[str, torch.Tensor], source: str = "the checkpoint",
+    may_lack: tuple[str, ...] = (),
+) -> None:
+    """Raise `CheckpointError` if weights are missing, unknown or of another shape, see `load_weights`."""
+    state, own = _relevant(state), network.state_dict()
+    missing = [k for k in own if k not in state and not k.startswith(_OPTIONAL + may_lack)]
+    unknown = [k for k in state if k not in own]
+    wrong = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own if k in state and state[k].shape != own[k].shape
+    ]
+    parts = [
+        f"{len(names)} {text} ({_shorten(names)})"
+        for text, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)) if names
+    ]
+    if parts:
+        raise CheckpointError(
+            f"The weights of {source} do not fit the network: {'; '.join(parts)}. Check the model type and options "
+            "such as image_size, or pass flexible_load_checkpoint=True to load what fits."
+        )
+
+
 def load_weights(
     network: nn.Module,
     state: Mapping[str, torch.Tensor],
@@ -52,23 +75,8 @@ def load_weights(
     Raises:
         CheckpointError: If weights are missing, unknown or of another shape.
     """
-    state, own = _relevant(state), network.state_dict()
-    missing = [k for k in own if k not in state and not k.startswith(_OPTIONAL + may_lack)]
-    unknown = [k for k in state if k not in own]
-    wrong = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own if k in state and state[k].shape != own[k].shape
-    ]
-    parts = [
-        f"{len(names)} {text} ({_shorten(names)})"
-        for text, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)) if names
-    ]
-    if parts:
-        raise CheckpointError(
-            f"The weights of {source} do not fit the network: {'; '.join(parts)}. Check the model type and options "
-            "such as image_size, or pass flexible_load_checkpoint=True to load what fits."
-        )
-    network.load_state_dict(state, strict=False)
+    check_fit(network, state, source, may_lack)
+    network.load_state_dict(_relevant(state), strict=False)
 
 
 def _interpolate(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
