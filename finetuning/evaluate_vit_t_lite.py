@@ -1,7 +1,12 @@
-"""Score automatic segmentation (AIS) against ground truth: mean segmentation accuracy (mSA) per modality.
+"""Score automatic segmentation (AIS, APG) and prompts against ground truth, per modality.
 
-    python finetuning/evaluate_vit_t_lite.py --data DATA/nuclei_dsb2018/val
+    python finetuning/evaluate_vit_t_lite.py --data DATA/nuclei_dsb2018/val DATA/phase_t98g/val
+    python finetuning/evaluate_vit_t_lite.py --data DATA/nuclei_dsb2018/val DATA/phase_t98g/val --task prompts
     python finetuning/evaluate_vit_t_lite.py --data DATA/nuclei_dsb2018/train --names held_out.txt --tune
+
+Automatic segmentation is scored by the mean segmentation accuracy (mSA), prompts by the mean IoU over all objects:
+from one point (a random pixel of the object), from its box, and after seven corrections of the point, each of them a
+positive and a negative point where the mask is wrong.
 
 Segmentation accuracy at an IoU threshold t is TP / (TP + FP + FN) with one-to-one matches of IoU > t; mSA is its mean
 over t = 0.5, 0.55, …, 0.95 (Everingham et al. 2010; Stringer et al. 2021, 10.1038/s41592-020-01018-x). The matcher
@@ -21,12 +26,14 @@ import numpy as np
 import tifffile
 import torch
 from scipy.optimize import linear_sum_assignment
-from segment_anything import SamPredictor
 
+from micro_sam.core.normalize import to_image
 from micro_sam.embeddings.encode import precompute_image_embeddings
-from micro_sam.models.build_sam import build_sam
-from micro_sam.models.decoder import get_decoder
+from micro_sam.models.loading import get_predictor_and_decoder
+from micro_sam.models.mask_decoder import predict_low_res
+from micro_sam.prompt_generators import IterativePromptGenerator, PointAndBoxPromptGenerator
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
+from micro_sam.segmentation.apg import AutomaticPromptGenerator
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05).round(2)
 WEIGHTS = Path(__file__).parent.parent / "micro_sam/models/weights/vit_t_lite.pt"
@@ -75,29 +82,24 @@ def read_data(folder: Path, names: set[str] | None) -> Iterator[tuple[str, np.nd
 class Model:
     """The network with a canvas of 512 or of 1024 pixels, plain or tiled."""
 
-    def __init__(self, path: Path):
-        self.checkpoint = torch.load(path, weights_only=True)
+    def __init__(self, path: Path, mode: str):
+        self.path, self.mode = path, mode
         self.loaded = {}
 
-    def _load(self, size: int):
+    def load(self, size: int):
         if size not in self.loaded:
-            sam = build_sam("vit_t", image_size=size)
-            sam.load_state_dict({k: v.float() for k, v in self.checkpoint["model_state"].items()}, strict=False)
-            predictor = SamPredictor(sam)
-            predictor.model_type = "vit_t"
-            decoder = get_decoder(
-                sam.image_encoder, self.checkpoint["decoder_state"], "cpu",
-                normalization=self.checkpoint["decoder_settings"]["normalization"],
-            )
-            self.loaded[size] = predictor, decoder
+            self.loaded[size] = get_predictor_and_decoder("vit_t_lite", self.path, "cpu", image_size=size)
         return self.loaded[size]
+
+    def at_canvas_of(self, image: np.ndarray):
+        return self.load(512 if max(image.shape[:2]) <= 512 else 1024)
 
     def initialize(self, image: np.ndarray, strategy: str) -> InstanceSegmentationWithDecoder:
         """Run the network on a canvas, or on tiles with one contrast stretch for all, see `--strategy`."""
         if strategy.startswith("tiled"):
             size, tile, halo = (int(v) for v in strategy.split(":")[1:])
             if max(image.shape[:2]) > size:
-                predictor, decoder = self._load(size)
+                predictor, decoder = self.load(size)
                 embeddings = precompute_image_embeddings(
                     predictor, image, ndim=2, tile_shape=(tile, tile), halo=(halo, halo), normalization="image",
                     verbose=False,
@@ -106,14 +108,69 @@ class Model:
                 segmenter.initialize(image, embeddings)
                 return segmenter
             strategy = str(size)
-        size = (512 if max(image.shape[:2]) <= 512 else 1024) if strategy == "auto" else int(strategy)
-        segmenter = InstanceSegmentationWithDecoder(*self._load(size))
+        kind = {"ais": InstanceSegmentationWithDecoder, "apg": AutomaticPromptGenerator}[self.mode]
+        segmenter = kind(*(self.at_canvas_of(image) if strategy == "auto" else self.load(int(strategy))))
         segmenter.initialize(image)
         return segmenter
 
 
+def prompt_scores(model: Model, image: np.ndarray, truth: np.ndarray, n_corrections: int = 7) -> np.ndarray:
+    """IoU of each object (N, 3): from one point, from its box, from the point after corrections."""
+    predictor, _ = model.at_canvas_of(image)
+    predictor.set_image(to_image(image))
+    ids, rng, scores = np.unique(truth[truth > 0]), np.random.default_rng(0), []
+    for part in np.array_split(ids, -(-len(ids) // 32)):
+        objects = torch.from_numpy(truth[None] == part[:, None, None])[:, None]
+        boxes = []
+        for mask in objects[:, 0].numpy():
+            (y,), (x,) = mask.any(1).nonzero(), mask.any(0).nonzero()
+            boxes.append((y[0], x[0], y[-1] + 1, x[-1] + 1))
+        start = PointAndBoxPromptGenerator(1, 0, 10, get_box_prompts=True, rng=rng)
+        points, labels, boxes_xy, _ = start(objects, boxes)
+        from_box, _ = predict(predictor, None, None, boxes_xy, None)
+        masks, logits = predict(predictor, points, labels, None, None)
+        columns = [iou(masks, objects), iou(from_box, objects)]
+        generator = IterativePromptGenerator(rng=rng)
+        for _ in range(n_corrections):
+            more, more_labels, _, _ = generator(objects, masks)
+            points, labels = torch.cat([points, more], 1), torch.cat([labels, more_labels], 1)
+            masks, logits = predict(predictor, points, labels, None, logits)
+        scores.append(np.stack([*columns, iou(masks, objects)], axis=1))
+    return np.concatenate(scores) if scores else np.zeros((0, 3))
+
+
+@torch.no_grad()
+def predict(predictor, points, labels, boxes, logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks (N, 1, H, W) and their logits; three masks for a single point, of which the one rated best is taken."""
+    shape = predictor.original_size
+    if points is not None:
+        points = predictor.transform.apply_coords_torch(points, shape)
+    if boxes is not None:
+        boxes = predictor.transform.apply_boxes_torch(boxes, shape)
+    multimask = points is not None and points.shape[1] == 1
+    logits, rated = predict_low_res(predictor, points, labels, boxes, multimask, logits)
+    logits = logits[torch.arange(len(logits)), rated.argmax(1)][:, None]
+    return predictor.model.postprocess_masks(logits, predictor.input_size, shape) > 0, logits
+
+
+def iou(masks: torch.Tensor, objects: torch.Tensor) -> np.ndarray:
+    overlap, union = (masks & objects).sum((1, 2, 3)), (masks | objects).sum((1, 2, 3))
+    return (overlap / union).numpy()
+
+
+def print_prompt_table(scores: dict[str, np.ndarray]) -> None:
+    groups = defaultdict(list)
+    for name, values in scores.items():
+        groups[modality(name)].append(values)
+    print("| modality | images | objects | point | box | after 7 corrections |\n|---|---|---|---|---|---|")
+    for name, group in [*sorted(groups.items()), ("all", list(scores.values()))]:
+        values = np.concatenate(group)
+        means = " | ".join(f"{mean:.3f}" for mean in values.mean(0))
+        print(f"| {name} | {len(group)} | {len(values)} | {means} |", flush=True)
+
+
 def modality(name: str) -> str:
-    return name.rsplit("_", 1)[0]
+    return "phase_t98g" if name.startswith("set") else name.rsplit("_", 1)[0]
 
 
 def summarise(scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
@@ -157,7 +214,8 @@ def tune(states: dict[str, tuple], grid: dict[str, tuple]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/")
+    parser.add_argument("--data", type=Path, required=True, nargs="+", help="folders with images/ and labels/")
+    parser.add_argument("--task", default="ais", choices=("ais", "apg", "prompts"))
     parser.add_argument("--names", type=Path, help="text file with the image names to use; default: all")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--strategy", default="auto", help="a canvas, auto (512 or 1024), or tiled:CANVAS:TILE:HALO")
@@ -168,9 +226,13 @@ def main() -> None:
 
     torch.set_num_threads(2)
     names = set(args.names.read_text().split()) if args.names else None
-    model = Model(args.weights)
+    model = Model(args.weights, args.task)
+    pairs = itertools.chain.from_iterable(read_data(folder, names) for folder in args.data)
+    if args.task == "prompts":
+        print_prompt_table({name: prompt_scores(model, image, truth) for name, image, truth in pairs})
+        return
     states, start = {}, time.perf_counter()
-    for name, image, truth in read_data(args.data, names):
+    for name, image, truth in pairs:
         if max(image.shape[:2]) > args.larger_than:
             states[name] = model.initialize(image, args.strategy), truth
     print(f"{(time.perf_counter() - start) / len(states):.2f} s per image ({args.strategy})")

@@ -2,47 +2,44 @@
 
     python finetuning/export_vit_t_lite.py [--checkpoint FILE] [--output micro_sam/models/weights/vit_t_lite.pt]
 
-The averaged weights are exported. Prompt encoder and mask decoder are random (fixed seed): they are not trained yet.
+The averaged weights are exported. The position encoding of prompts is brought from the crops to the canvas.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-import train_vit_t_lite
-
-from micro_sam.models.build_sam import build_sam
-from micro_sam.models.decoder import get_unetr
+from train_vit_t_lite import CANVAS, CROP
 
 HERE = Path(__file__).parent
-IMAGE_SIZE = 512
+POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 
 def convert(state: dict[str, torch.Tensor]) -> dict:
-    """Convert the weights of the trainer's UNETR into a checkpoint with a complete SAM and a decoder."""
-    torch.manual_seed(0)
-    sam = build_sam("vit_t", image_size=IMAGE_SIZE)
-    sam.image_encoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("encoder.")})
+    """Convert the weights of the training into a checkpoint with a complete SAM and a decoder."""
+    def part(prefix):
+        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+    model_state = part("sam.sam.")
+    model_state[POSITIONS] = model_state[POSITIONS] * (CANVAS / CROP)
     # The classifier of the original TinyViT belongs to the file format, but is not used.
-    for module in (sam.image_encoder.norm_head, sam.image_encoder.head):
-        for parameter in module.parameters():
-            torch.nn.init.zeros_(parameter)
-    decoder_state = {k: v for k, v in state.items() if not k.startswith("encoder.")}
-    get_unetr(sam.image_encoder, decoder_state, "cpu")  # raises if the decoder does not fit
+    for name in model_state:
+        if name.startswith(("image_encoder.norm_head.", "image_encoder.head.")):
+            model_state[name] = torch.zeros_like(model_state[name])
+    decoder_state = {k: v for k, v in part("unetr.").items() if not k.startswith("encoder.")}
 
     def half(values):
-        return {k: v.half() if v.is_floating_point() else v for k, v in values.items()}
+        return {k: v.half() if v.is_floating_point() and k != POSITIONS else v for k, v in values.items()}
 
     return {
-        "model_state": half(sam.state_dict()),
+        "model_state": half(model_state),
         "decoder_state": half(decoder_state),
         "decoder_settings": {
             "initial_features": decoder_state["out_conv.weight"].shape[1], "normalization": "running",
         },
         "settings": {
-            "name": "vit_t_lite", "model_type": "vit_t", "image_size": IMAGE_SIZE,
-            "trained_parts": ["image_encoder", "decoder"],
+            "name": "vit_t_lite", "model_type": "vit_t", "image_size": CANVAS, "scale_positions": True,
+            "trained_parts": ["image_encoder", "prompt_encoder", "mask_decoder", "decoder"],
         },
     }
 
@@ -53,10 +50,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE.parent / "micro_sam/models/weights/vit_t_lite.pt")
     args = parser.parse_args()
 
-    # Our own file of the training run: the trainer also pickles objects of the training script into it.
-    for name in ("Crops", "WallTimeCosine"):
-        setattr(sys.modules["__main__"], name, getattr(train_vit_t_lite, name))
-    saved = torch.load(args.checkpoint, map_location="cpu", weights_only=False)
+    saved = torch.load(args.checkpoint, map_location="cpu", weights_only=False)  # our own file of the training run
     checkpoint = convert(saved["average_state"])
     checkpoint["settings"]["iterations"] = saved["iteration"]
     args.output.parent.mkdir(parents=True, exist_ok=True)

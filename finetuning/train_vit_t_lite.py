@@ -1,13 +1,15 @@
-"""Train `vit_t_lite`, the automatic segmentation model that ships with micro_sam, on CPU or GPU.
+"""Train `vit_t_lite`, the model that ships with micro_sam, on CPU or GPU: prompts and instance decoder jointly.
 
-A ViT-T encoder with a slim UNETR decoder (torch-em) learns foreground, centre distance and boundary distance
-(Archit et al. 2025, 10.1038/s41592-024-02580-4) from random initialisation on crops of 256 x 256 pixels. TinyViT has
-no absolute position embedding, so a model trained on small crops runs at any image size.
+A ViT-T encoder, SAM's prompt encoder and mask decoder, and a slim UNETR decoder (torch-em) learn together on crops of
+256 x 256 pixels: the decoder to predict foreground, centre distance and boundary distance, the mask decoder to follow
+points and boxes with corrections (Archit et al. 2025, 10.1038/s41592-024-02580-4). The losses are those of
+`micro_sam.training`. TinyViT has no absolute position embedding, so it runs at any image size; the position encoding
+of prompts is shifted at random, so that crops of 256 pixels stand for any part of the canvas of 512.
 
-    python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train --minutes 90
+    python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --minutes 90
 
-DATA holds `images/*.png` and `labels/*` with the same file names. The run is bounded by wall time: the learning rate
-follows a cosine of the elapsed share. Interrupted runs continue with --resume; the elapsed time is kept.
+Each folder holds `images/*` and `labels/*` with the same file names. The run is bounded by wall time: the learning
+rate follows a cosine of the elapsed share. Interrupted runs continue with --resume; the elapsed time is kept.
 """
 
 import argparse
@@ -20,47 +22,93 @@ import numpy as np
 import tifffile
 import torch
 import torch.nn.functional as F
-from torch_em.loss import DiceBasedDistanceLoss
-from torch_em.model import UNETR
 from torch_em.trainer import DefaultTrainer
 from torch_em.transform.label import PerObjectDistanceTransform
 
-from micro_sam.models.tiny_vit import TinyViT
+from micro_sam.models.build_sam import build_sam
+from micro_sam.models.decoder import get_unetr
+from micro_sam.prompt_generators import IterativePromptGenerator
+from micro_sam.training.convert import ConvertToSamInputs
+from micro_sam.training.interactive import ONE_BOX, ONE_POINT, interactive_losses, prompt_batch
+from micro_sam.training.losses import DecoderLoss
+from micro_sam.training.trainable_sam import TrainableSAM
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 CROP = 256
+CANVAS = 512
+UNKNOWN = -1.0  # foreground of images whose labels are good enough for prompts only
 # Factor from pixels of the image to pixels that the encoder sees at inference, per modality (first part of the
 # file name): images up to 512 pixels fill the canvas of 512, larger ones are tiled or use a canvas of 1024.
-NOMINAL_ZOOM = {"fluo_256": 2.0, "fluo_360": 1.42, "purple_256x320": 1.6, "fluo_large": 1.1, "graytissue_1024": 1.0}
+NOMINAL_ZOOM = {
+    "fluo_256": 2.0, "fluo_360": 1.42, "purple_256x320": 1.6, "fluo_large": 1.1, "graytissue_1024": 1.0, "set": 1.0,
+    "ec": 1.5,
+}
 ZOOM_RANGE = {"fluo_large": (0.65, 1.45), "graytissue_1024": (0.7, 1.6)}
 DEFAULT_ZOOM_RANGE = (0.65, 1.35)
+PROMPTS_ONLY = ("ec",)
 
 
-def build_model(features: int) -> UNETR:
-    """The network: encoder and decoder as `micro_sam.models.decoder` builds them for inference."""
-    return UNETR(
-        backbone="sam", encoder=TinyViT(img_size=CROP), out_channels=3, final_activation="Sigmoid",
-        use_skip_connection=False, resize_input=False, initial_features=features,
-    )
+class Lite(torch.nn.Module):
+    """SAM and the instance decoder around one encoder, for crops."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        sam = build_sam("vit_t", image_size=CROP)
+        self.sam = TrainableSAM(sam)
+        self.unetr = get_unetr(sam.image_encoder, device="cpu", initial_features=features)
+        positions = sam.prompt_encoder.pe_layer
+        self.shift, encode = torch.zeros(2), positions._pe_encoding
+        positions._pe_encoding = lambda coords: encode(coords + self.shift.to(coords))
+        positions.positional_encoding_gaussian_matrix *= CROP / CANVAS
+
+    def place(self, rng: np.random.Generator) -> None:
+        """Choose where on the canvas the crops are, in units of a crop from its centre."""
+        limit = (CANVAS / CROP - 1) / 2
+        self.shift = torch.from_numpy(rng.uniform(-limit, limit, 2).astype("float32"))
+
+    def forward(self, x):
+        """Encode normalised crops; returns the embeddings and the decoder's maps."""
+        embeddings = self.unetr.encoder(x)
+        return embeddings, self.unetr.decode((embeddings, None, x), (CROP, CROP), (CROP, CROP))
+
+
+def load_weights(model: Lite, path: Path, with_prompts: bool) -> None:
+    """Start from a checkpoint that `export_vit_t_lite.py` wrote."""
+    saved = torch.load(path, weights_only=True)
+    state = {k: v.float() for k, v in saved["model_state"].items()}
+    if with_prompts:
+        state["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"] *= CROP / CANVAS
+        model.sam.sam.load_state_dict(state, strict=False)
+    else:
+        encoder = {k[14:]: v for k, v in state.items() if k.startswith("image_encoder.")}
+        model.sam.sam.image_encoder.load_state_dict(encoder)
+    decoder = {k: v.float() for k, v in saved["decoder_state"].items()}
+    missing, unexpected = model.unetr.load_state_dict(decoder, strict=False)
+    if unexpected or any(not name.startswith("encoder.") for name in missing):
+        raise SystemExit(f"{path} does not fit: {unexpected or missing}")
 
 
 def read_pairs(folder: Path, cache: Path) -> list[dict]:
-    """Read all images and compute their targets once: image (H, W[, 3]) uint8 and maps (3, H, W) float16."""
+    """Read all images and compute their targets once: image (H, W[, 3]), labels (H, W) and maps (3, H, W) float16."""
     cache.mkdir(parents=True, exist_ok=True)
     to_distances = PerObjectDistanceTransform(apply_label=True, min_size=5)
     entries = []
-    for path in sorted((folder / "images").glob("*.png")):
+    for path in sorted((folder / "images").iterdir()):
         modality = next(m for m in NOMINAL_ZOOM if path.name.startswith(m))
         stored = cache / f"{path.stem}.npz"
         if not stored.exists():
-            image = imageio.imread(path)
+            read = tifffile.imread if path.suffix == ".tif" else imageio.imread
             (label_path,) = (folder / "labels").glob(f"{path.stem}.*")
-            labels = tifffile.imread(label_path) if label_path.suffix == ".tif" else imageio.imread(label_path)
+            read_labels = tifffile.imread if label_path.suffix == ".tif" else imageio.imread
+            labels = read_labels(label_path)
             maps = to_distances(labels.astype("int64"))
-            np.savez(stored, image=image, maps=np.asarray(maps, "float16"))
+            np.savez(stored, image=read(path), labels=labels.astype("uint16"), maps=np.asarray(maps, "float16"))
         with np.load(stored) as data:
-            entries.append({"name": path.stem, "modality": modality, "image": data["image"], "maps": data["maps"]})
+            entry = {"name": path.stem, "modality": modality, **data}
+        if modality in PROMPTS_ONLY:
+            entry["maps"][0] = UNKNOWN
+        entries.append(entry)
     return entries
 
 
@@ -98,10 +146,10 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, index: int):
         rng = np.random.default_rng(None if self.seed is None else (self.seed, index))
         for _ in range(10):
-            image, maps = self._crop(rng)
-            if maps[0].mean() > 0.02 or rng.random() < 0.1:
+            image, targets = self._crop(rng)
+            if (targets[0] > 0).float().mean() > 0.02 or rng.random() < 0.1:
                 break
-        return image, maps
+        return image, targets
 
     def _crop(self, rng):
         modality = self.modalities[rng.choice(len(self.modalities), p=self.probabilities)]
@@ -120,13 +168,16 @@ class Crops(torch.utils.data.Dataset):
         inside = [min(CROP, round(CROP * n / s)) for n, s in zip(image.shape[1:], size)]
         image = F.interpolate(image[None], inside, mode="bilinear", antialias=True)[0].clamp(0, 1)
         maps = F.interpolate(maps[None], inside, mode="bilinear")[0]
+        labels = torch.from_numpy(entry["labels"][window].astype("float32"))
+        labels = F.interpolate(labels[None, None], inside, mode="nearest-exact")[0]
         if photometric:
             image = self._photometric(image, rng)
         image = (image * 255 - MEAN) / STD
-        maps = torch.stack([(maps[0] > 0.5).float(), maps[1], maps[2]])
+        foreground = maps[0] if entry["modality"] in PROMPTS_ONLY else (maps[0] > 0.5).float()
+        maps = torch.stack([foreground, maps[1], maps[2]])
         padding = (0, CROP - inside[1], 0, CROP - inside[0])
         image = F.pad(image, padding)
-        maps = torch.cat([F.pad(maps[:1], padding), F.pad(maps[1:], padding, value=1.0)])
+        maps = torch.cat([F.pad(labels, padding), F.pad(maps[:1], padding), F.pad(maps[1:], padding, value=1.0)])
         turns, flip = int(rng.integers(4)), rng.random() < 0.5
         image, maps = (torch.rot90(a, turns, (1, 2)) for a in (image, maps))
         return (image.flip(2), maps.flip(2)) if flip else (image, maps)
@@ -197,9 +248,46 @@ class Average:
 
 
 class LiteTrainer(DefaultTrainer):
-    """torch-em's trainer with gradient clipping, averaged weights and an end by wall time."""
+    """torch-em's trainer with both losses, gradient clipping, averaged weights and an end by wall time."""
 
     average: Average
+    n_objects = 6
+    n_sub_iteration = 3
+    decoder_loss = DecoderLoss()
+
+    def _forward_and_loss(self, x, y):
+        rng = np.random.default_rng((0 if self.model.training else 1, self._iteration))
+        self.model.place(rng)
+        embeddings, maps = self.model(x)
+        known = y[:, 1].amin((1, 2)) != UNKNOWN
+        loss = self.decoder_loss(maps[known].float(), y[known, 1:]) if known.any() else maps.sum() * 0
+        parts = [float(loss.detach())]
+        # Single masks and several masks are learnt in one pass over the images, as both start from the same crops.
+        for part, choice in ((slice(0, None, 2), ONE_POINT), (slice(1, None, 2), ONE_BOX)):
+            convert = ConvertToSamInputs(self.model.sam.transform, box_distortion_factor=0.05, rng=rng)
+            batch = prompt_batch(convert, x[part], self._large_objects(y[part, :1]), choice, None)
+            if batch is None:
+                continue
+            inputs = [record | {"input_size": (CROP, CROP)} for record in batch.inputs]
+            losses = interactive_losses(
+                self.model.sam, inputs, batch.targets, embeddings[part][batch.images],
+                n_sub_iteration=self.n_sub_iteration, multimask=choice.multimask, mask_prob=0.5,
+                prompt_generator=IterativePromptGenerator(rng=rng), rng=rng,
+            )
+            loss = loss + losses.loss
+            parts.append(float(losses.mask_loss.detach()))
+        self.parts.append(parts)
+        return maps, loss
+
+    def _large_objects(self, labels):
+        """Keep up to `n_objects` random objects of at least 30 pixels in each image."""
+        kept = torch.zeros_like(labels)
+        for k, image in enumerate(labels):
+            ids, counts = image.unique(return_counts=True)
+            ids = ids[(ids != 0) & (counts >= 30)].numpy()
+            ids = np.random.default_rng((self._iteration, k)).permutation(ids)[:self.n_objects]
+            kept[k] = torch.where(torch.isin(image, torch.from_numpy(ids)), image, 0)
+        return kept
 
     def _backprop_mixed(self, loss):
         loss.backward()
@@ -212,14 +300,28 @@ class LiteTrainer(DefaultTrainer):
     def _train_epoch_impl(self, *args):
         if self.lr_scheduler.used >= self.lr_scheduler.seconds:
             raise TimeoutError
-        return super()._train_epoch_impl(*args)
+        self.parts = []
+        result = super()._train_epoch_impl(*args)
+        print("  train: decoder, point, box:", self._means(), flush=True)
+        return result
+
+    def _means(self):
+        return np.mean([p for p in self.parts if len(p) == 3], axis=0).round(4).tolist()
 
     def _validate_impl(self, *args):
         raw = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.model.load_state_dict(self.average.state)
+        self.parts, iteration = [], self._iteration
+        self._iteration = 0  # the same prompts each time
+        self.metric = lambda pred, y: torch.tensor(sum(self.parts[-1]))
         metric = super()._validate_impl(*args)
+        self._iteration = iteration
+        print("  held out:", self._means(), flush=True)
         self.model.load_state_dict(raw)
         return metric
+
+    def _build_init(self):
+        return {}
 
     def save_checkpoint(self, name, *args, **kwargs):
         kwargs["average_state"] = self.average.state
@@ -234,7 +336,9 @@ class LiteTrainer(DefaultTrainer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--init", type=Path, help="start from the encoder and decoder of this micro_sam checkpoint")
+    parser.add_argument("--init-prompts", action="store_true", help="start from its prompt parts, too")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints")
     parser.add_argument("--name", default="vit_t_lite")
     parser.add_argument("--minutes", type=float, default=90)
@@ -244,12 +348,11 @@ def main() -> None:
     parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the model")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    entries = read_pairs(args.data, args.output / "targets")
+    entries = [entry for folder in args.data for entry in read_pairs(folder, args.output / "targets2")]
     # Every tenth image of each modality is held out; checkpoints and thresholds are chosen on these.
     seen, train, held_out = {}, [], []
     for entry in entries:
@@ -258,13 +361,15 @@ def main() -> None:
     (args.output / "held_out.txt").write_text("\n".join(e["name"] for e in held_out) + "\n")
     print(f"{len(train)} images for training, {len(held_out)} held out", flush=True)
 
-    model = build_model(args.features).to(memory_format=torch.channels_last)
+    model = Lite(args.features)
+    if args.init is not None:
+        load_weights(model, args.init, args.init_prompts)
+    model = model.to(memory_format=torch.channels_last)
     decay = [p for p in model.parameters() if p.ndim > 1]
     no_decay = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr
     )
-    loss = DiceBasedDistanceLoss(mask_distances_in_bg=True)
     loaders = [
         torch.utils.data.DataLoader(
             Crops(part, n, seed), batch_size=args.batch_size, num_workers=args.workers,
@@ -273,9 +378,10 @@ def main() -> None:
         for part, n, seed in ((train, args.epoch_length * args.batch_size, None), (held_out, 48, 1))
     ]
     trainer = LiteTrainer(
-        name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=loss, optimizer=optimizer,
-        metric=loss, device=args.device, lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None,
-        mixed_precision=True, mixed_precision_dtype="bfloat16", save_root=str(args.output), compile_model=args.compile,
+        name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=DecoderLoss(),
+        optimizer=optimizer, metric=DecoderLoss(), device=args.device,
+        lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None, mixed_precision=True,
+        mixed_precision_dtype="bfloat16", save_root=str(args.output), compile_model=False,
     )
     trainer.average = Average(model)
     try:

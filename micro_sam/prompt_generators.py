@@ -19,7 +19,7 @@ _MARGIN = 3
 
 def _sampler(rng: np.random.Generator | int | None):
     """What to sample with: its `choice(n, size, replace)` gives indices. None is numpy's global state."""
-    return np.random if rng is None else np.random.default_rng(rng)
+    return np.random if rng is None or rng is np.random else np.random.default_rng(rng)
 
 
 class PromptGeneratorBase:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from micro_sam.cli import automatic_segmentation, info, precompute_embeddings
+from micro_sam.cli import automatic_segmentation, info, precompute_embeddings, train
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("command", [automatic_segmentation, precompute_embeddings, info], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("command", [automatic_segmentation, precompute_embeddings, info, train], ids=lambda m: m.__name__)
 def test_every_option_is_documented(command):
     text = (ROOT / "doc" / "cli.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"`(--?\w+)`", text))
+    documented = set(re.findall(r"`(--?[\w-]+)`", text))
     options = {o for action in command.get_parser()._actions for o in action.option_strings} - {"-h", "--help"}
     assert options <= documented
 

@@ -11,7 +11,7 @@ import micro_sam.cli
 import micro_sam.core
 
 HEAVY = ("torch", "napari", "qtpy", "segment_anything", "torch_em")
-COMMANDS = ["automatic_segmentation", "precompute_embeddings", "info"]
+COMMANDS = ["automatic_segmentation", "precompute_embeddings", "info", "train"]
 
 
 def loaded_modules(code: str) -> set[str]:
