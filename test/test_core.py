@@ -1,10 +1,14 @@
 """Progress, settings, tiling and errors: the parts that everything else rests on."""
 
+import resource
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from micro_sam.core import settings
+from micro_sam.core.allocator import reusing_memory
 from micro_sam.core.errors import DeviceError, InvalidInputError, nearest_names
 from micro_sam.core.progress import Step, drain, handle_pbar
 from micro_sam.core.tiling import TileSpec, box_yx_to_xyxy, yx_to_xy
@@ -146,3 +150,18 @@ def test_nearest_names():
     known = ["vit_b_lm", "vit_l_lm", "vit_t"]
     assert "'vit_b_lm'" in nearest_names("vitb_lm", known)
     assert nearest_names("qqqqq", known) == "Known names: vit_b_lm, vit_l_lm, vit_t."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_memory_is_reused_while_asked_for():
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            np.ones(2**22)  # 32 MiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    outside = faults()
+    with reusing_memory():
+        faults()
+        assert faults() < outside / 5
+    assert faults() > outside / 2

@@ -10,7 +10,10 @@ from micro_sam.cli import automatic_segmentation, info, precompute_embeddings, t
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("command", [automatic_segmentation, precompute_embeddings, info, train], ids=lambda m: m.__name__)
+COMMANDS = [automatic_segmentation, precompute_embeddings, info, train]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda m: m.__name__)
 def test_every_option_is_documented(command):
     text = (ROOT / "doc" / "cli.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"`(--?[\w-]+)`", text))

@@ -13,7 +13,7 @@ from scipy.ndimage import distance_transform_edt
 from torch_em.data import ConcatDataset, ImageCollectionDataset, SegmentationDataset, TensorDataset
 from torch_em.data.sampler import MinInstanceSampler
 
-from micro_sam.core.errors import InvalidInputError, InvalidTypeError, MissingFileError
+from micro_sam.core.errors import InvalidInputError, InvalidTypeError, MissingFileError, NoObjectsError
 from micro_sam.core.normalize import to_image
 from micro_sam.training.data import default_sam_dataset, default_sam_loader
 from micro_sam.training.pairs import find_pairs

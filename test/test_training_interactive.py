@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from skimage.filters import gaussian
 
 from micro_sam.core.errors import InvalidInputError, NoObjectsError
 from micro_sam.prompt_generators import IterativePromptGenerator
@@ -115,6 +116,21 @@ def test_masks_are_those_of_segment_anything(model, batch, choice, with_masks):
     square = model([record | {"input_size": (256, 256), "original_size": (128, 128)} for record in records], embeddings)
     expected = sam.postprocess_masks(square[0]["low_res_masks"], (256, 256), (128, 128))
     torch.testing.assert_close(square[0]["masks"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(200, 230), (300, 40), (64, 64)])
+def test_images_are_embedded_as_at_inference(model, tiny_predictor, shape):
+    images = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    # Smooth, as the two ways of resizing round differently.
+    images = np.stack([gaussian(image, 8, channel_axis=-1, preserve_range=True).astype(np.uint8) for image in images])
+    records = [{"image": torch.from_numpy(image).permute(2, 0, 1).float()} for image in images]
+    with torch.no_grad():
+        embeddings, _ = model.image_embeddings_oft(records)
+    for image, record, embedding in zip(images, records, embeddings):
+        tiny_predictor.set_image(image)
+        assert record["input_size"] == tuple(tiny_predictor.input_size)
+        spread = float(tiny_predictor.features.std())
+        assert float((embedding - tiny_predictor.features[0]).abs().mean()) < 0.02 * spread
 
 
 def test_images_of_several_shapes(model):

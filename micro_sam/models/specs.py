@@ -6,6 +6,7 @@ Loads no torch. `python -m micro_sam.models.specs` prints the table of `doc/mode
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -110,6 +111,13 @@ class ModelSpec:
     nickname: str | None = None
     image_size: int | None = 1024
     decoder_in_gui: bool = True
+
+    @property
+    def local_path(self) -> Path | None:
+        """The file of a model that comes with the package or is the user's own; None for one that is downloaded."""
+        if self.path is not None:
+            return Path(self.path)
+        return None if self.resource is None else Path(__file__).parent.parent / self.resource
 
     @property
     def size(self) -> str | None:

@@ -14,11 +14,8 @@ from torch_em.trainer import DefaultTrainer
 from torch_em.util import auto_compile
 
 from .._version import __version__
-from ..core.errors import (
-    InvalidInputError,
-    ModelError,
-    require_positive_int,
-)
+from ..core.allocator import reusing_memory
+from ..core.errors import InvalidInputError, ModelError, require_positive_int
 from ..core.progress import Steps
 from . import checkpoint as checkpoints
 from . import processes
@@ -306,6 +303,8 @@ class BaseTrainer(EpochLoop, DefaultTrainer):
                 logger.warning("The training %r is complete: %d epochs, %d iterations%s. Ask for more to continue it.",
                                self.name, self._epoch, self._iteration, " (stopped early)" * self.stopped_early)
                 return
+            if self.device.type == "cpu":
+                stack.enter_context(reusing_memory())
             if self.checkpoint_encoder:
                 stack.enter_context(checkpointed(self._encoder()))
             yield from self._run()

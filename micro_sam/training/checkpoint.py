@@ -12,7 +12,6 @@ from torch import nn
 from .._version import __version__
 from ..core.errors import CheckpointError, InvalidInputError
 from ..models.checkpoints import detect_architecture, read_checkpoint
-from ..models.files import replacing
 
 FORMAT_VERSION = 1
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.Tensor, torch.device, torch.dtype)
@@ -46,19 +45,6 @@ def plain(value: Any, name: str = "The checkpoint") -> Any:
         f"{name} holds {type(value).__module__}.{type(value).__qualname__}, but checkpoints hold only tensors and "
         "plain values, so that they can be read safely. Leave it out, or pass it as a number, text, list or dict."
     )
-
-
-def write(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint, which replaces an older one when it is complete.
-
-    Raises:
-        OutputWriteError: If it cannot be written.
-    """
-    with replacing(path) as new, open(new, "wb") as f:
-        try:
-            torch.save(dict(content), f)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(str(error)) from error
 
 
 def read(path: str | os.PathLike) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Estimates of memory and time of a training, from operations counted per part of the network.
 
-One encoder pass per image is assumed, a backward pass that costs twice the forward pass, and activations that are
-kept for all prompts of an iteration. All images are scaled to 1024 x 1024 pixels, so the patch shape does not matter.
+One encoder pass per image is assumed, a backward pass that costs twice the forward pass, and activations of one round
+of prompts at a time. All images are scaled to the canvas of the model, so the patch shape does not matter.
 """
 
 import time
@@ -48,6 +48,9 @@ def estimate_costs(
     n_sub_iteration: int = 8,
     with_segmentation_decoder: bool = True,
     train_instance_segmentation_only: bool = False,
+    *,
+    image_size: int = 1024,
+    decoder_features: int = 64,
 ) -> Costs:
     """Estimate memory and operations of a training.
 
@@ -58,6 +61,8 @@ def estimate_costs(
         n_sub_iteration: Rounds of prompts per image.
         with_segmentation_decoder: Whether the instance decoder is trained.
         train_instance_segmentation_only: Whether only it and the encoder are trained.
+        image_size: Side of the canvas of the model in pixels.
+        decoder_features: Features of the finest level of the instance decoder.
 
     Returns:
         The estimate.
@@ -69,12 +74,16 @@ def estimate_costs(
     if architecture not in _ENCODER:
         hint = nearest_names(model_type, _ENCODER)
         raise UnknownModelError(f"The costs of the model {model_type!r} are not known. {hint}")
-    n_prompts = 0 if train_instance_segmentation_only else (n_objects_per_batch or 25) * n_sub_iteration
+    n_objects = 0 if train_instance_segmentation_only else n_objects_per_batch or 25
     with_decoder = with_segmentation_decoder or train_instance_segmentation_only
-    gflop = _ENCODER[architecture] + n_prompts * _MASK_DECODER_PER_OBJECT + with_decoder * _INSTANCE_DECODER
-    parameters = _PARAMETERS[architecture] + with_decoder * _INSTANCE_DECODER_PARAMETERS
-    per_image = (
-        _ENCODER_MEMORY[architecture] + n_prompts * _MEMORY_PER_PROMPT + with_decoder * _INSTANCE_DECODER_MEMORY
+    area, width = (image_size / 1024) ** 2, with_decoder * decoder_features / 64
+    gflop = area * (
+        _ENCODER[architecture] + n_objects * n_sub_iteration * _MASK_DECODER_PER_OBJECT
+        + width**2 * _INSTANCE_DECODER
+    )
+    parameters = _PARAMETERS[architecture] + width**2 * _INSTANCE_DECODER_PARAMETERS
+    per_image = area * (
+        _ENCODER_MEMORY[architecture] + n_objects * _MEMORY_PER_PROMPT + width * _INSTANCE_DECODER_MEMORY
     )
     return Costs(parameters * _BYTES_PER_PARAMETER + batch_size * per_image * 1e9, gflop)
 

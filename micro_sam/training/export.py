@@ -7,6 +7,7 @@ from typing import Any
 from .._version import __version__
 from ..core.errors import CheckpointError, DecoderMissingError
 from ..models.checkpoints import ENCODER, read_checkpoint
+from ..models.export import save_checkpoint
 from ..models.loading import get_sam_model
 from . import checkpoint as checkpoint_files
 
@@ -98,4 +99,4 @@ def _write(output_path, trained, model_state: Mapping, with_decoder: bool, setti
     if with_decoder and trained.decoder_state is not None:
         content["decoder_state"] = dict(trained.decoder_state)
         content["decoder_settings"] = dict(trained.decoder_settings)
-    checkpoint_files.write(output_path, content)
+    save_checkpoint(content, output_path)

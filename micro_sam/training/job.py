@@ -198,15 +198,25 @@ class FinetuneJob:
         options = {name: self.options[name] for name in names if name in self.options}
         return preflight_steps(
             **train, **{f"val_{name}": value for name, value in val.items()}, **options, **self._targets(),
-            patch_shape=self.patch_shape, model_type=self._architecture(), batch_size=self.batch_size,
-            raw_transform=get_raw_transform(self.preprocess),
+            patch_shape=self.patch_shape, batch_size=self.batch_size,
+            raw_transform=get_raw_transform(self.preprocess), **self._size(),
         )
 
-    def _architecture(self) -> str:
-        if self.start_checkpoint is not None:
-            return read_checkpoint(self.start_checkpoint, mmap=True).architecture
-        spec = find_spec(self.model_type)
-        return spec.architecture or read_checkpoint(spec.path, mmap=True).architecture
+    def _size(self) -> dict[str, Any]:
+        """What is known about the size of the model without a download."""
+        path = self.start_checkpoint
+        if path is None:
+            spec = find_spec(self.model_type)
+            if spec.local_path is None:
+                return {"model_type": spec.architecture}
+            path = spec.local_path
+        checkpoint = read_checkpoint(path, mmap=True)
+        size = {"model_type": checkpoint.architecture}
+        if checkpoint.image_size is not None:
+            size["image_size"] = checkpoint.image_size
+        if checkpoint.decoder_state is not None:
+            size["decoder_features"] = checkpoint.decoder_state["out_conv.weight"].shape[1]
+        return size
 
     # --- running ---
 
@@ -242,7 +252,7 @@ class FinetuneJob:
 
     def score_steps(self, held_out: Sequence[HeldOut], checkpoint: Any, text: str) -> Steps[Scores]:
         """Score the starting model, or the finetuned one in a checkpoint."""
-        name = self.model_type if checkpoint is self.start_checkpoint else self._architecture()
+        name = self.model_type if checkpoint is self.start_checkpoint else self._size()["model_type"]
         return score_steps(
             name, checkpoint, held_out, tasks=TRAINED_TASKS[self.mode], device=self.options.get("device"),
             options_of=self._tuned_model(), text=text,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import nn
+from torch_em.model.unet import Upsampler2d
 
 from ..core.errors import InvalidInputError, InvalidTypeError, nearest_names
 from ..models.decoder import get_unetr
@@ -148,6 +149,25 @@ def _set_normalization(unetr: nn.Module, normalization: str) -> None:
                     setattr(module, child_name, norm.to(child.weight.device))
 
 
+class _EarlyConvolution(nn.Module):
+    """Interpolates after the 1x1 convolution: they commute, and so the convolution sees a quarter of the pixels."""
+
+    def __init__(self, upsampler: nn.Module):
+        super().__init__()
+        self.conv, self.mode, self.scale_factor = upsampler.conv, upsampler.mode, upsampler.scale_factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(self.conv(x), scale_factor=self.scale_factor, mode=self.mode, align_corners=False)
+
+
+def _convolve_early(unetr: nn.Module) -> None:
+    """Replace the decoder's upsamplers; the names of parameters stay."""
+    for module in list(unetr.modules()):
+        for name, child in module.named_children():
+            if type(child) is Upsampler2d:
+                setattr(module, name, _EarlyConvolution(child))
+
+
 def decoder_settings(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is to be recorded about the decoder that starts from the content of a checkpoint."""
     recorded = dict(state.get("decoder_settings") or {})
@@ -188,5 +208,6 @@ def get_trainable_decoder(
         )
     unetr = get_unetr(image_encoder, state.get("decoder_state"), device, flexible_load_checkpoint=not strict)
     _set_normalization(unetr, settings["normalization"])
+    _convolve_early(unetr)
     unetr.normalization = settings["normalization"]  # trainers record it in checkpoints
     return unetr

@@ -57,13 +57,15 @@ def preflight_steps(
     train_instance_segmentation_only: bool = False,
     raw_transform: Any = None,
     device: Any = None,
+    image_size: int = 1024,
+    decoder_features: int = 64,
     gflop_per_second: float | None = None,
     available_bytes: float | None = None,
 ) -> Steps[PreflightReport]:
     """The steps of `preflight`."""
     costs = estimate_costs(
         model_type, batch_size, n_objects_per_batch, n_sub_iteration, with_segmentation_decoder,
-        train_instance_segmentation_only,
+        train_instance_segmentation_only, image_size=image_size, decoder_features=decoder_features,
     )
     device = get_device(device)
     problems: list[str] = []
@@ -131,7 +133,8 @@ def preflight(
             are any. `rois`, `val_rois`: parts of the images. `patch_shape`: None takes the suggested one.
             `model_type`, `batch_size`, `n_objects_per_batch`, `n_sub_iteration`, `n_samples`, `min_size`,
             `with_segmentation_decoder`, `train_instance_segmentation_only`, `raw_transform`, `device`: as for the
-            training. `gflop_per_second`: speed of the device; None measures it. `available_bytes`: its free memory.
+            training. `image_size`, `decoder_features`: the canvas in pixels and the width of the decoder of the model.
+            `gflop_per_second`: speed of the device; None measures it. `available_bytes`: its free memory.
 
     Returns:
         The report.

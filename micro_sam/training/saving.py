@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.errors import CheckpointError, InvalidTypeError, UnsupportedError
 from ..core.progress import Cancelled
+from ..models.export import save_checkpoint
 from . import checkpoint as checkpoints
 from . import processes
 
@@ -76,7 +77,7 @@ class CheckpointedTrainer:
             "random_states": self._states, **self._model_description(),
             "init": {**self._build_init(), **extra_save_dict.pop("init", {})}, **extra_save_dict,
         }
-        checkpoints.write(checkpoints.path_of(self.checkpoint_folder, name), checkpoints.plain(content))
+        save_checkpoint(dict(checkpoints.plain(content)), checkpoints.path_of(self.checkpoint_folder, name))
 
     def load_checkpoint(self, checkpoint: str | os.PathLike | Mapping[str, Any] = "best") -> Mapping[str, Any]:
         """Restore the state of a training.

@@ -41,10 +41,11 @@ class TrainableSAM(nn.Module):
         """
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise InvalidInputError(f"Images must have the shape (B, 1 or 3, H, W), but have {tuple(x.shape)}.")
-        x = self.transform.apply_image_torch(x)
-        input_size = tuple(x.shape[-2:])
-        x = (x - self.sam.pixel_mean) / self.sam.pixel_std
+        # ResizeLongestSide.apply_image_torch takes batch and channels for the shape of the image.
         side = self.sam.image_encoder.img_size
+        input_size = self.transform.get_preprocess_shape(*x.shape[-2:], side)
+        x = F.interpolate(x, input_size, mode="bilinear", align_corners=False, antialias=True)
+        x = (x - self.sam.pixel_mean) / self.sam.pixel_std
         return F.pad(x, (0, side - input_size[1], 0, side - input_size[0])), input_size
 
     def image_embeddings_oft(self, batched_inputs: Sequence[Record]) -> tuple[Tensor, list[Record]]:

@@ -266,7 +266,7 @@ def train_instance_segmentation(
             lr_scheduler=optimization.scheduler, device=device, early_stopping=early_stopping, save_root=save_root,
             log_image_interval=50, compile_model=False, mixed_precision=mixed_precision, seed=seed,
             gradient_accumulation_steps=gradient_accumulation_steps, gradient_clipping=gradient_clipping,
-            checkpoint_encoder=checkpoint_encoder,
+            checkpoint_encoder=checkpoint_encoder, decoder_settings=decoder_settings(state),
             settings=describe_run(model_type, checkpoint_path, model.sam, freeze, settings),
         )
         fit(
