@@ -1,5 +1,7 @@
 """The workflow from an image to labels: choices, checks before work, records, and equality with the segmenters."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tifffile
@@ -23,6 +25,7 @@ from micro_sam.core.errors import (
     UnsupportedError,
 )
 from micro_sam.core.output import read_record
+from micro_sam.models import registry
 from micro_sam.models.specs import SHIPPED_MODEL
 from micro_sam.segmentation import workflow
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
@@ -121,12 +124,18 @@ def test_default_model(monkeypatch, tmp_path):
     assert workflow.default_model() == "vit_b_lm"
 
 
+def test_model_without_prompts(cells_image, monkeypatch):
+    spec = dataclasses.replace(registry.find_spec("vit_t_lite"), modes=("ais",))
+    monkeypatch.setattr(registry, "find_spec", lambda name: spec)
+    with pytest.raises(ModelError, match="was trained for ais"):
+        segment(cells_image, model="vit_t_lite", mode="amg")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"model": "vit_b_ml"}, UnknownModelError, "vit_b_lm"),
         ({"model": "vit_b_lm_decoder"}, UnknownModelError, "file of a decoder"),
-        ({"model": "vit_t_lite", "mode": "amg"}, ModelError, "was trained for ais"),
         ({"model": "vit_b", "mode": "ais"}, DecoderMissingError, "was trained for amg"),
         ({"mode": "aiz"}, InvalidInputError, "'ais'"),
         ({"min_z_extent": 2}, InvalidInputError, "min_z_extent are for volumes"),

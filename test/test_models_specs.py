@@ -58,7 +58,7 @@ def test_rows_of_published_models():
     assert [versions[n] for n in ("vit_b_lm", "vit_t_lm", "vit_t_em_organelles")] == ["v4", "v3", "v2"]
     assert [versions[n] for n in ("vit_b", "vit_t", "vit_t_lite")] == [None] * 3
     assert [s.name for s in MODELS if not s.decoder_in_gui] == ["vit_b_medical_imaging"]
-    assert get_spec("vit_t_lite").modes == ("ais",)
+    assert get_spec("vit_t_lite").modes == ("ais", "apg", "amg")
     assert get_spec("vit_b_em_organelles").settings.nd == {
         "projection_mode": "single_point", "iou_threshold": 0.6, "box_extension": 0.025,
     }

@@ -21,7 +21,7 @@ FAMILY_LABELS = MappingProxyType({
     "_em_organelles": "Electron Microscopy",
     "_medical_imaging": "Medical Imaging",
     "_histopathology": "Histopathology",
-    "_lite": "Nuclei (shipped)",
+    "_lite": "Shipped",
 })
 LOCAL_FAMILY = "Local"
 
@@ -218,8 +218,10 @@ MODELS: tuple[ModelSpec, ...] = (
               "ahd3ZhZl2e0RIwz", "9e498b12f526f119b96c88be76e3b2ed",
               "radiology and other medical images", decoder_in_gui=False),
     ModelSpec(
-        name=SHIPPED_MODEL, family=FAMILY_LABELS["_lite"], architecture="vit_t", modes=("ais",), image_size=512,
-        purpose="nuclei in fluorescence and stained tissue; comes with the package, works offline",
+        name=SHIPPED_MODEL, family=FAMILY_LABELS["_lite"], architecture="vit_t", modes=_DECODER,
+        image_size=512,
+        purpose="nuclei in fluorescence and stained tissue, cells in phase contrast; comes with the package, works "
+        "offline",
         resource="models/weights/vit_t_lite.pt", licence="MIT",
     ),
 )
