@@ -91,9 +91,6 @@ class Model:
             self.loaded[size] = get_predictor_and_decoder("vit_t_lite", self.path, "cpu", image_size=size)
         return self.loaded[size]
 
-    def at_canvas_of(self, image: np.ndarray):
-        return self.load(512 if max(image.shape[:2]) <= 512 else 1024)
-
     def initialize(self, image: np.ndarray, strategy: str) -> InstanceSegmentationWithDecoder:
         """Run the network on a canvas, or on tiles with one contrast stretch for all, see `--strategy`."""
         if strategy.startswith("tiled"):
@@ -109,16 +106,20 @@ class Model:
                 return segmenter
             strategy = str(size)
         kind = {"ais": InstanceSegmentationWithDecoder, "apg": AutomaticPromptGenerator}[self.mode]
-        segmenter = kind(*(self.at_canvas_of(image) if strategy == "auto" else self.load(int(strategy))))
+        size = (512 if max(image.shape[:2]) <= 512 else 1024) if strategy == "auto" else int(strategy)
+        segmenter = kind(*self.load(size))
         segmenter.initialize(image)
         return segmenter
 
 
-def prompt_scores(model: Model, image: np.ndarray, truth: np.ndarray, n_corrections: int = 7) -> np.ndarray:
+def prompt_scores(
+    model: Model, image: np.ndarray, truth: np.ndarray, canvas: int, n_objects: int, n_corrections: int = 7
+) -> np.ndarray:
     """IoU of each object (N, 3): from one point, from its box, from the point after corrections."""
-    predictor, _ = model.at_canvas_of(image)
+    predictor, _ = model.load(canvas)
     predictor.set_image(to_image(image))
     ids, rng, scores = np.unique(truth[truth > 0]), np.random.default_rng(0), []
+    ids = ids[::max(1, len(ids) // n_objects)]
     for part in np.array_split(ids, -(-len(ids) // 32)):
         objects = torch.from_numpy(truth[None] == part[:, None, None])[:, None]
         boxes = []
@@ -218,6 +219,8 @@ def main() -> None:
     parser.add_argument("--task", default="ais", choices=("ais", "apg", "prompts"))
     parser.add_argument("--names", type=Path, help="text file with the image names to use; default: all")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--canvas", type=int, default=512, help="for prompts; that of the model as it is loaded is 512")
+    parser.add_argument("--objects", type=int, default=25, help="for prompts: about so many objects per image")
     parser.add_argument("--strategy", default="auto", help="a canvas, auto (512 or 1024), or tiled:CANVAS:TILE:HALO")
     parser.add_argument("--larger-than", type=int, default=0, help="only images with a longer side than this")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON with arguments of generate")
@@ -229,7 +232,9 @@ def main() -> None:
     model = Model(args.weights, args.task)
     pairs = itertools.chain.from_iterable(read_data(folder, names) for folder in args.data)
     if args.task == "prompts":
-        print_prompt_table({name: prompt_scores(model, image, truth) for name, image, truth in pairs})
+        print_prompt_table({
+            name: prompt_scores(model, image, truth, args.canvas, args.objects) for name, image, truth in pairs
+        })
         return
     states, start = {}, time.perf_counter()
     for name, image, truth in pairs:

@@ -162,8 +162,8 @@ def _build(
 def _scale_positions(sam: Sam, trained_size: int) -> None:
     """Make the position encoding of prompts a function of pixels on the canvas, whatever the size of the canvas.
 
-    SAM encodes positions relative to the canvas. A model without absolute position embedding in its encoder that was
-    trained at one size then also follows prompts at another, at which objects keep their size in pixels.
+    SAM encodes positions relative to the canvas. For a model without absolute position embedding in its encoder that
+    was trained for this, neighbouring pixels then differ as they did in training.
     """
     positions = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     positions *= sam.image_encoder.img_size / trained_size
