@@ -124,6 +124,14 @@ def test_default_model(monkeypatch, tmp_path):
     assert workflow.default_model() == "vit_b_lm"
 
 
+@pytest.mark.parametrize(("mode", "canvas"), [("ais", 1024), ("apg", 512), ("amg", 512)])
+def test_prompts_of_the_shipped_model_stay_on_its_canvas(mode, canvas):
+    model = workflow.load_model("vit_t_lite", None, "cpu", mode=mode)
+    plan = workflow.plan_image(model, (520, 696), "auto", None, {}, "vit_t_lite")
+    assert plan.model.canvas == canvas
+    assert plan.work["tile_shape"] is None
+
+
 def test_model_without_prompts(cells_image, monkeypatch):
     spec = dataclasses.replace(registry.find_spec("vit_t_lite"), modes=("ais",))
     monkeypatch.setattr(registry, "find_spec", lambda name: spec)

@@ -242,7 +242,8 @@ def plan_image(
     Raises:
         InvalidInputError: For unknown options, with the nearest names.
     """
-    strategy = choose_strategy(model_name, model.canvas, shape, tile_shape, halo)
+    # Prompts of the model that ships only work on its own canvas.
+    strategy = choose_strategy(model_name if model.mode == "ais" else None, model.canvas, shape, tile_shape, halo)
     model = model.at_canvas(strategy.canvas)
     tiled = strategy.tile_shape is not None
     of_class, of_generate = init_options(model.mode, tiled), generate_options(model.mode, tiled)
