@@ -57,7 +57,7 @@ def probe(path_or_array: Any, key: str | None = None) -> tuple[tuple[int, ...], 
                 properties = imageio.improps(path, plugin="pillow")
                 if not (len(properties.shape) == 3 and properties.shape[-1] == 2):  # opacity is dropped on reading
                     return tuple(properties.shape), np.dtype(properties.dtype)
-        except Exception:
+        except Exception:  # many kinds, depending on the format; the reader below says what is wrong with the file
             pass
     data = open_source(path, key).data
     return tuple(data.shape), np.dtype(data.dtype)
