@@ -16,7 +16,8 @@ def reusing_memory() -> Iterator[None]:
     """Keep freed memory for the next allocation instead of handing it back to the system; glibc only.
 
     Large tensors are otherwise mapped anew each time, and the system clears every page of them first: a training step
-    of the instance decoder at 1024 x 1024 pixels takes half as long again. At the end all free memory is handed back.
+    of the instance decoder at 1024 x 1024 pixels takes half as long again. At the end all free memory is handed
+    back, and the thresholds are glibc's defaults, which no longer adapt by themselves. Not for nesting.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not all(hasattr(libc, name) for name in ("mallopt", "malloc_trim")):
