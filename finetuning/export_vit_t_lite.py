@@ -2,14 +2,14 @@
 
     python finetuning/export_vit_t_lite.py [--checkpoint FILE] [--output micro_sam/models/weights/vit_t_lite.pt]
 
-The averaged weights are exported. The position encoding of prompts is brought from the crops to the canvas.
+The averaged weights are exported.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from train_vit_t_lite import CANVAS, CROP
+from train_vit_t_lite import CANVAS
 
 HERE = Path(__file__).parent
 POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -21,7 +21,6 @@ def convert(state: dict[str, torch.Tensor]) -> dict:
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
     model_state = part("sam.sam.")
-    model_state[POSITIONS] = model_state[POSITIONS] * (CANVAS / CROP)
     # The classifier of the original TinyViT belongs to the file format, but is not used.
     for name in model_state:
         if name.startswith(("image_encoder.norm_head.", "image_encoder.head.")):

@@ -1,10 +1,10 @@
 """Train `vit_t_lite`, the model that ships with micro_sam, on CPU or GPU: prompts and instance decoder jointly.
 
 A ViT-T encoder, SAM's prompt encoder and mask decoder, and a slim UNETR decoder (torch-em) learn together on crops of
-256 x 256 pixels: the decoder to predict foreground, centre distance and boundary distance, the mask decoder to follow
+256 or 512 pixels: the decoder to predict foreground, centre distance and boundary distance, the mask decoder to follow
 points and boxes with corrections (Archit et al. 2025, 10.1038/s41592-024-02580-4). The losses are those of
 `micro_sam.training`. TinyViT has no absolute position embedding, so it runs at any image size; the position encoding
-of prompts is shifted at random, so that crops of 256 pixels stand for any part of the canvas of 512.
+of prompts is shifted at random, so that a crop stands for any part of the canvas of 512 pixels, or of a larger one.
 
     python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --minutes 90
 
@@ -35,8 +35,8 @@ from micro_sam.training.trainable_sam import TrainableSAM
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-CROP = 256
 CANVAS = 512
+SIZES = {256: (8, 6), 512: (2, 10)}  # pixels of a crop: crops per batch, objects with prompts per crop
 UNKNOWN = -1.0  # foreground of images whose labels are good enough for prompts only
 # Factor from pixels of the image to pixels that the encoder sees at inference, per modality (first part of the
 # file name): images up to 512 pixels fill the canvas of 512, larger ones are tiled or use a canvas of 1024.
@@ -54,23 +54,38 @@ class Lite(torch.nn.Module):
 
     def __init__(self, features: int):
         super().__init__()
-        sam = build_sam("vit_t", image_size=CROP)
+        sam = build_sam("vit_t", image_size=CANVAS)
         self.sam = TrainableSAM(sam)
         self.unetr = get_unetr(sam.image_encoder, device="cpu", initial_features=features)
         positions = sam.prompt_encoder.pe_layer
-        self.shift, encode = torch.zeros(2), positions._pe_encoding
-        positions._pe_encoding = lambda coords: encode(coords + self.shift.to(coords))
-        positions.positional_encoding_gaussian_matrix *= CROP / CANVAS
+        self.scale, self.start, encode = 1.0, torch.zeros(2), positions._pe_encoding
+        positions._pe_encoding = lambda coords: encode(coords * self.scale + self.start.to(coords))
+        self.frozen_statistics = False
 
-    def place(self, rng: np.random.Generator) -> None:
-        """Choose where on the canvas the crops are, in units of a crop from its centre."""
-        limit = (CANVAS / CROP - 1) / 2
-        self.shift = torch.from_numpy(rng.uniform(-limit, limit, 2).astype("float32"))
+    def place(self, size: int, rng: np.random.Generator) -> None:
+        """Prepare for crops of `size` pixels somewhere on the canvas, a third of the time on one of twice its size."""
+        extent = 2.0 if rng.random() < 1 / 3 else 1.0
+        self.scale = size / CANVAS
+        self.start = torch.from_numpy(rng.uniform(0, extent - self.scale, 2).astype("float32"))
+        sam = self.sam.sam
+        sam.image_encoder.img_size = self.sam.transform.target_length = size
+        sam.prompt_encoder.input_image_size = size, size
+        sam.prompt_encoder.image_embedding_size = size // 16, size // 16
+
+    def train(self, mode: bool = True):
+        """Also keeps the statistics of BatchNorm as they are at inference, once they are frozen."""
+        super().train(mode)
+        if self.frozen_statistics:
+            for module in self.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, x):
         """Encode normalised crops; returns the embeddings and the decoder's maps."""
         embeddings = self.unetr.encoder(x)
-        return embeddings, self.unetr.decode((embeddings, None, x), (CROP, CROP), (CROP, CROP))
+        shape = tuple(x.shape[-2:])
+        return embeddings, self.unetr.decode((embeddings, None, x), shape, shape)
 
 
 def load_weights(model: Lite, path: Path, with_prompts: bool) -> None:
@@ -78,7 +93,6 @@ def load_weights(model: Lite, path: Path, with_prompts: bool) -> None:
     saved = torch.load(path, weights_only=True)
     state = {k: v.float() for k, v in saved["model_state"].items()}
     if with_prompts:
-        state["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"] *= CROP / CANVAS
         model.sam.sam.load_state_dict(state, strict=False)
     else:
         encoder = {k[14:]: v for k, v in state.items() if k.startswith("image_encoder.")}
@@ -129,7 +143,7 @@ def normalise(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
 
 
 class Crops(torch.utils.data.Dataset):
-    """Random augmented crops; with `seed` the same crops each time, without photometric augmentation."""
+    """Batches of random augmented crops; with `seed` the same ones each time, without photometric augmentation."""
 
     def __init__(self, entries: list[dict], n_samples: int, seed: int | None = None):
         self.n_samples, self.seed = n_samples, seed
@@ -145,19 +159,24 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int):
         rng = np.random.default_rng(None if self.seed is None else (self.seed, index))
+        size = list(SIZES)[index % len(SIZES)]
+        crops = [self._filled_crop(size, rng) for _ in range(SIZES[size][0])]
+        return tuple(torch.stack(part) for part in zip(*crops))
+
+    def _filled_crop(self, size, rng):
         for _ in range(10):
-            image, targets = self._crop(rng)
+            image, targets = self._crop(size, rng)
             if (targets[0] > 0).float().mean() > 0.02 or rng.random() < 0.1:
                 break
         return image, targets
 
-    def _crop(self, rng):
+    def _crop(self, crop_size, rng):
         modality = self.modalities[rng.choice(len(self.modalities), p=self.probabilities)]
         entry = self.groups[modality][rng.integers(len(self.groups[modality]))]
         low, high = ZOOM_RANGE.get(modality, DEFAULT_ZOOM_RANGE)
         zoom = NOMINAL_ZOOM[modality] * math.exp(rng.uniform(math.log(low), math.log(high)))
         stretch = math.exp(rng.uniform(-0.12, 0.12))
-        size = [max(16, round(CROP / z)) for z in (zoom * stretch, zoom / stretch)]
+        size = [max(16, round(crop_size / z)) for z in (zoom * stretch, zoom / stretch)]
         start = [int(rng.integers(0, max(n - s, 0) + 1)) for n, s in zip(entry["maps"].shape[1:], size)]
         window = tuple(slice(b, b + s) for b, s in zip(start, size))
 
@@ -165,7 +184,7 @@ class Crops(torch.utils.data.Dataset):
         image = torch.from_numpy(normalise(entry["image"], rng if photometric else None)[window]).permute(2, 0, 1)
         maps = torch.from_numpy(entry["maps"][(slice(None), *window)].astype("float32"))
         # An image smaller than the window covers only a part of the crop; the rest is padding, as at inference.
-        inside = [min(CROP, round(CROP * n / s)) for n, s in zip(image.shape[1:], size)]
+        inside = [min(crop_size, round(crop_size * n / s)) for n, s in zip(image.shape[1:], size)]
         image = F.interpolate(image[None], inside, mode="bilinear", antialias=True)[0].clamp(0, 1)
         maps = F.interpolate(maps[None], inside, mode="bilinear")[0]
         labels = torch.from_numpy(entry["labels"][window].astype("float32"))
@@ -175,7 +194,7 @@ class Crops(torch.utils.data.Dataset):
         image = (image * 255 - MEAN) / STD
         foreground = maps[0] if entry["modality"] in PROMPTS_ONLY else (maps[0] > 0.5).float()
         maps = torch.stack([foreground, maps[1], maps[2]])
-        padding = (0, CROP - inside[1], 0, CROP - inside[0])
+        padding = (0, crop_size - inside[1], 0, crop_size - inside[0])
         image = F.pad(image, padding)
         maps = torch.cat([F.pad(labels, padding), F.pad(maps[:1], padding), F.pad(maps[1:], padding, value=1.0)])
         turns, flip = int(rng.integers(4)), rng.random() < 0.5
@@ -251,41 +270,44 @@ class LiteTrainer(DefaultTrainer):
     """torch-em's trainer with both losses, gradient clipping, averaged weights and an end by wall time."""
 
     average: Average
-    n_objects = 6
-    n_sub_iteration = 3
+    prompt_share = 0.7  # of the iterations; the others train the instance decoder alone, in less time
     decoder_loss = DecoderLoss()
 
     def _forward_and_loss(self, x, y):
         rng = np.random.default_rng((0 if self.model.training else 1, self._iteration))
-        self.model.place(rng)
+        size = x.shape[-1]
+        self.model.place(size, rng)
         embeddings, maps = self.model(x)
         known = y[:, 1].amin((1, 2)) != UNKNOWN
         loss = self.decoder_loss(maps[known].float(), y[known, 1:]) if known.any() else maps.sum() * 0
         parts = [float(loss.detach())]
+        self.parts.append(parts)
+        if self.model.training and rng.random() > self.prompt_share:
+            return maps, loss
+        n_sub_iteration = int(rng.integers(2, 6)) if self.model.training else 8
         # Single masks and several masks are learnt in one pass over the images, as both start from the same crops.
         for part, choice in ((slice(0, None, 2), ONE_POINT), (slice(1, None, 2), ONE_BOX)):
             convert = ConvertToSamInputs(self.model.sam.transform, box_distortion_factor=0.05, rng=rng)
-            batch = prompt_batch(convert, x[part], self._large_objects(y[part, :1]), choice, None)
+            batch = prompt_batch(convert, x[part], self._some_objects(y[part, :1], SIZES[size][1]), choice, None)
             if batch is None:
                 continue
-            inputs = [record | {"input_size": (CROP, CROP)} for record in batch.inputs]
+            inputs = [record | {"input_size": (size, size)} for record in batch.inputs]
             losses = interactive_losses(
                 self.model.sam, inputs, batch.targets, embeddings[part][batch.images],
-                n_sub_iteration=self.n_sub_iteration, multimask=choice.multimask, mask_prob=0.5,
+                n_sub_iteration=n_sub_iteration, multimask=choice.multimask, mask_prob=0.5,
                 prompt_generator=IterativePromptGenerator(rng=rng), rng=rng,
             )
             loss = loss + losses.loss
             parts.append(float(losses.mask_loss.detach()))
-        self.parts.append(parts)
         return maps, loss
 
-    def _large_objects(self, labels):
+    def _some_objects(self, labels, n_objects):
         """Keep up to `n_objects` random objects of at least 30 pixels in each image."""
         kept = torch.zeros_like(labels)
         for k, image in enumerate(labels):
             ids, counts = image.unique(return_counts=True)
             ids = ids[(ids != 0) & (counts >= 30)].numpy()
-            ids = np.random.default_rng((self._iteration, k)).permutation(ids)[:self.n_objects]
+            ids = np.random.default_rng((self._iteration, k)).permutation(ids)[:n_objects]
             kept[k] = torch.where(torch.isin(image, torch.from_numpy(ids)), image, 0)
         return kept
 
@@ -306,7 +328,8 @@ class LiteTrainer(DefaultTrainer):
         return result
 
     def _means(self):
-        return np.mean([p for p in self.parts if len(p) == 3], axis=0).round(4).tolist()
+        prompted = [p for p in self.parts if len(p) == 3]
+        return np.mean(prompted, axis=0).round(4).tolist() if prompted else []
 
     def _validate_impl(self, *args):
         raw = {k: v.clone() for k, v in self.model.state_dict().items()}
@@ -342,7 +365,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints")
     parser.add_argument("--name", default="vit_t_lite")
     parser.add_argument("--minutes", type=float, default=90)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--frozen-statistics", action="store_true", help="keep BatchNorm's statistics of --init")
     parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
@@ -364,6 +387,7 @@ def main() -> None:
     model = Lite(args.features)
     if args.init is not None:
         load_weights(model, args.init, args.init_prompts)
+    model.frozen_statistics = args.frozen_statistics
     model = model.to(memory_format=torch.channels_last)
     decay = [p for p in model.parameters() if p.ndim > 1]
     no_decay = [p for p in model.parameters() if p.ndim <= 1]
@@ -372,10 +396,9 @@ def main() -> None:
     )
     loaders = [
         torch.utils.data.DataLoader(
-            Crops(part, n, seed), batch_size=args.batch_size, num_workers=args.workers,
-            persistent_workers=args.workers > 0,
+            Crops(part, n, seed), batch_size=None, num_workers=args.workers, persistent_workers=args.workers > 0,
         )
-        for part, n, seed in ((train, args.epoch_length * args.batch_size, None), (held_out, 48, 1))
+        for part, n, seed in ((train, args.epoch_length, None), (held_out, 12, 1))
     ]
     trainer = LiteTrainer(
         name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=DecoderLoss(),
@@ -387,7 +410,7 @@ def main() -> None:
     try:
         trainer.fit(epochs=100_000, load_from_checkpoint="latest" if args.resume else None)
     except TimeoutError:
-        print(f"Time budget used: {trainer.iteration} iterations, {trainer.iteration * args.batch_size} crops.")
+        print(f"Time budget used: {trainer.iteration} iterations.")
 
 
 if __name__ == "__main__":

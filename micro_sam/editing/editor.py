@@ -8,11 +8,12 @@ from scipy import ndimage
 
 from ..core.errors import InvalidInputError
 from ..core.masks import BoxedMask, as_bool_array, crop_mask
-from ..core.progress import drain
+from ..core.progress import Step, Steps, drain
 from .history import Block, Delta, EditConflictError, History, LabelStore, ObjectIndex, Runs, difference, index_steps
 
 Change = Callable[[np.ndarray, Block], np.ndarray]
 Masks = np.ndarray | Mapping[int, np.ndarray | BoxedMask]
+Stroke = tuple[tuple[np.ndarray, ...], Any, Any]
 
 PRESERVE_MODES = ("pixels", "none")
 
@@ -134,6 +135,55 @@ class LabelEditor:
         """
         self._replay(delta)
         self._history.push(delta)
+
+    def compare_steps(self, labels: np.ndarray, plane: int | None = None) -> Steps[Runs]:
+        """Find what has to change for the labels to become like others; changes nothing. Yields `Step`.
+
+        Args:
+            labels: Labels (Y, X), or planes (N, Y, X) from `plane` on.
+            plane: The (first) plane; None for an image, and for all planes.
+        """
+        labels = labels.reshape((1,) * (3 - labels.ndim) + labels.shape)
+        first = self._first_plane(labels.shape, plane)
+        blocks, pieces = list(self._store.blocks(first, first + len(labels))), []
+        yield Step(0, len(blocks), "Compare labels")
+        for done, block in enumerate(blocks, 1):
+            new = labels[block[0].start - first:block[0].stop - first, block[1], block[2]]
+            pieces.append(difference(self._store.read(block), new.astype(self._store.dtype), block, self._store.shape))
+            yield Step(done, len(blocks), "Compare labels")
+        return Runs.collect(self._store.shape, pieces)
+
+    def take_over(self, name: str, runs: Runs, links: Mapping[int, int] | None = None) -> Delta:
+        """Carry out what `compare_steps` found; `links` has the parents of tracks, 0 for none."""
+        delta = self._record(name, runs, links=links)
+        self._next_id = max(self._next_id, max(runs.ids(), default=0) + 1)
+        return delta
+
+    def adopt_strokes(self, strokes: Iterable[Stroke]) -> Delta:
+        """Make an edit of pixels that a viewer has already painted into the labels.
+
+        If that fails, the pixels have their old values again.
+
+        Args:
+            strokes: What was painted, in its order: index arrays, one for each axis; the values before; the new value.
+        """
+        labels, strokes = self._store.array, list(strokes)
+        indices = [np.concatenate([np.atleast_1d(s[0][axis]) for s in strokes]) for axis in range(labels.ndim)]
+        low, high = [int(i.min()) for i in indices], [int(i.max()) + 1 for i in indices]
+        painted = labels[tuple(slice(a, b) for a, b in zip(low, high))].copy()
+        for where, before, _ in reversed(strokes):
+            labels[where] = before
+        flat = [0] * (3 - labels.ndim)
+        first = flat + low
+        painted = painted.reshape((1,) * len(flat) + painted.shape)
+        sides = first[1], first[1] + painted.shape[1], first[2], first[2] + painted.shape[2]
+        boxes = np.array([(z, *sides) for z in range(first[0], first[0] + len(painted))])
+        delta = self._edit(
+            "paint", boxes,
+            lambda _, block: painted[tuple(slice(s.start - o, s.stop - o) for s, o in zip(block, first))],
+        )
+        self._next_id = max(self._next_id, int(painted.max()) + 1)
+        return delta
 
     def check(self) -> None:
         """Read all labels, block by block, and compare them with what the editor knows.

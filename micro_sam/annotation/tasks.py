@@ -1,0 +1,308 @@
+"""The long work of a session: embedding, segmentation from prompts, automatic segmentation, tracking.
+
+Each function takes a snapshot of the session and returns a `Task`: its steps compute, in any thread, and `apply` makes
+one action of the result. What can be refused is refused at once, before any work.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from segment_anything import SamPredictor
+
+from ..core.errors import InvalidInputError
+from ..core.masks import crop_mask
+from ..core.progress import Step, Steps
+from ..editing.refine import refine_mask
+from .automatic import AutomaticSource, AutoSettings, advice
+from .embedding_source import EmbeddingSource
+from .prompt_data import Prompts
+from .prompts import PromptRefusal, plan_prompts
+from .review import measure_steps
+from .segment import ObjectResult, segment_plane_steps
+from .session import AUTO, COMMITTED, CURRENT, AnnotationSession
+from .task import Task
+from .tracks import TrackSettings, divide, track_object_steps
+from .volume import VolumeSettings, propagate_steps
+
+
+def open_model(
+    session: AnnotationSession,
+    model_type: str | None = None,
+    *,
+    checkpoint: str | None = None,
+    device: str | None = None,
+    mode: str | None = None,
+    save_path: str | None = "auto",
+    tile_shape: Sequence[int] | None = None,
+    halo: Sequence[int] | None = None,
+    plane: int | None = None,
+    load: Callable[..., Any] | None = None,
+    embeddings: Mapping[str, Any] | None = None,
+    decoder_path: str | os.PathLike | None = None,
+    prepare_automatic: bool = False,
+) -> Task[Any, None]:
+    """Load a model and compute the embeddings of the image, or of one plane of a stack: the rest is `embed_rest`.
+
+    Args:
+        session: The session.
+        model_type: Name of the model; None chooses a default that needs no download.
+        checkpoint: Weights instead of the published ones.
+        device: Compute device; None or `auto` chooses it.
+        mode: Automatic segmentation: `amg`, `ais`, `apg`; None or `auto` chooses it.
+        save_path: A zarr folder; `auto` for the automatic cache; None for memory.
+        tile_shape: Tile (y, x); None for none.
+        halo: Halo (y, x).
+        plane: For stacks, the plane to begin with.
+        load: Loads the model, by default `segmentation.workflow.load_model`.
+        embeddings: Embeddings that were computed before, instead of computing them.
+        decoder_path: Weights of the segmentation decoder alone.
+        prepare_automatic: Whether to compute the embeddings of all planes now, and to prepare automatic segmentation.
+    """
+    from ..segmentation.workflow import default_model, load_model, resolve_model
+
+    name = resolve_model(model_type, checkpoint) if model_type or checkpoint else default_model()
+
+    device = None if device == "auto" else device
+    text = f"Load model {name or Path(checkpoint).name}"
+    options = {} if decoder_path is None else {"decoder_path": decoder_path}
+
+    def steps() -> Steps[Any]:
+        yield Step(0, 1, text)
+        model = (load or load_model)(name, checkpoint, device, mode, **options)
+        yield Step(1, 1, text)
+        if embeddings is not None:
+            source = EmbeddingSource.from_embeddings(model, session.image, embeddings)
+        else:
+            source = EmbeddingSource(model, session.image, save_path=save_path, tile_shape=tile_shape, halo=halo)
+        if session.n_planes is None or prepare_automatic:
+            yield from source.prepare_steps()
+        else:
+            yield from source.plane_steps(plane or 0)
+        automatic = AutomaticSource(model, session.image, source)
+        if prepare_automatic:
+            yield from automatic.prepare_steps()
+        return model, source, automatic
+
+    def apply(found) -> None:
+        model, source, automatic = found
+        session.set_model(model, source, automatic, source.describe())
+
+    return Task("Compute embeddings", steps, apply)
+
+
+def embed_rest(session: AnnotationSession) -> Task[None, None]:
+    """Compute the embeddings of all planes that are missing, for example in the background."""
+    session.require_model()
+    return Task("Compute embeddings", session.embeddings.prepare_steps, lambda _: session.events.model.emit())
+
+
+def segment(
+    session: AnnotationSession, plane: int | None = None, *, batched: bool = False, live: bool = False
+) -> Task[list[ObjectResult], int]:
+    """Segment the current object from the prompts in the image, or in one plane; `apply` gives the number of objects.
+
+    While an object is being corrected, the model starts from its mask.
+
+    Args:
+        session: The session.
+        plane: The slice or frame; None for an image.
+        batched: Whether each positive point and each box is an object of its own.
+        live: Whether it follows a prompt by itself, and is undone together with it.
+
+    Raises:
+        PromptRefusal: If there is nothing to segment, or the prompts do not fit together.
+    """
+    session.require_model()
+    tracking = session.mode == "tracking"
+    track_id = session.track_id if tracking else None
+    shape = session.image.shape[-2:]
+    sets = plan_prompts(
+        session.prompts, shape, plane=plane, track_id=track_id, batched=batched, mode=session.mode,
+        first_id=track_id or 1, correcting=session.correcting is not None,
+    )
+    source, predictor = session.embeddings, own_predictor(session)
+    start = None
+    if session.correcting is not None:
+        editor = session.layer_editor(CURRENT)
+        start = np.zeros(shape, dtype=bool)
+        for i in editor.ids:
+            start |= editor.mask(i, plane)
+
+    def steps() -> Steps[list[ObjectResult]]:
+        image_embeddings, i = yield from source.plane_steps(plane)
+        if start is None:
+            return (yield from segment_plane_steps(predictor, image_embeddings, i, sets, shape))
+        mask, score = refine_mask(
+            predictor, start, image_embeddings, i, points=sets[0].points if len(sets[0].points) else None,
+            labels=sets[0].labels if len(sets[0].points) else None, box=sets[0].box,
+        )
+        return [ObjectResult(sets[0].object_id, crop_mask(mask), score, 1.0)]
+
+    def apply(results: list[ObjectResult]) -> int:
+        found = [r for r in results if r.mask.area]
+        if not found:
+            session.events.message.emit("warning", "The model finds nothing here. Move a point, or draw a box.")
+        session.show_objects(
+            "segment", {r.object_id: {plane or 0: r.mask} for r in found},
+            planes=None if plane is None else [plane], ids=[track_id] if tracking else None,
+            scores={r.object_id: (r.predicted_iou, r.stability) for r in found},
+            args={"plane": plane, "batched": batched, "live": live},
+        )
+        return len(found)
+
+    return Task("Segment object", steps, apply)
+
+
+def segment_volume(
+    session: AnnotationSession, settings: VolumeSettings | None = None, *, batched: bool = False
+) -> Task[Any, Any]:
+    """Segment the current object in all slices, from the prompts in some; `apply` gives what was found.
+
+    Args:
+        session: The session.
+        settings: How masks are carried from slice to slice.
+        batched: Whether each positive point and each shape is an object of its own.
+    """
+    session.require_model()
+    objects = split_objects(session.prompts) if batched else {1: session.prompts}
+    source, predictor, shape = session.embeddings, own_predictor(session), session.image.shape
+    settings = settings or VolumeSettings()
+
+    def steps():
+        yield from source.prepare_steps()
+        image_embeddings, _ = yield from source.plane_steps(0)
+        return (yield from propagate_steps(predictor, image_embeddings, shape, objects, settings))
+
+    def apply(result):
+        for note in result.notes:
+            session.events.message.emit("info", note)
+        session.show_objects(
+            "segment volume", result.masks, scores=result.scores,
+            state={"confidence": {
+                str(i): {str(z): list(score) for z, score in planes.items()} for i, planes in result.confidence.items()
+            }},
+            args={"batched": batched, **vars(settings)},
+        )
+        return result
+
+    return Task("Segment volume", steps, apply)
+
+
+def segment_track(session: AnnotationSession, settings: TrackSettings | None = None) -> Task[Any, Any]:
+    """Follow the current track through the time series; at a division its daughters get ids."""
+    session.require_model()
+    source, predictor, shape = session.embeddings, own_predictor(session), session.image.shape
+    prompts, track_id, lineage = session.prompts, session.track_id, session.lineage
+    settings = settings or TrackSettings()
+    if not prompts.of_track(track_id).planes():
+        raise PromptRefusal(f"Track {track_id} has no prompts. Place a point or a box on the object.", code="none")
+
+    def steps():
+        yield from source.prepare_steps()
+        image_embeddings, _ = yield from source.plane_steps(0)
+        return (yield from track_object_steps(predictor, image_embeddings, shape, prompts, track_id, settings))
+
+    def apply(result):
+        state = {}
+        if result.division_frame is not None and not lineage.get(track_id):
+            used = set(session.layer_editor(CURRENT).ids) | set(lineage)
+            working, daughters = divide(session.lineage, track_id, used)
+            state["lineage"] = {str(t): d for t, d in working.items()}
+            session.events.message.emit(
+                "info", f"Track {track_id} divides in frame {result.division_frame} into {daughters[0]} and "
+                f"{daughters[1]}: select one of them, place prompts, and track it."
+            )
+        for note in result.notes:
+            session.events.message.emit("info", note)
+        session.show_objects(
+            "segment track", {track_id: result.masks}, ids=[track_id], state=state,
+            args={"track_id": track_id, **vars(settings)},
+        )
+        return result
+
+    return Task("Track object", steps, apply)
+
+
+def auto_segment(
+    session: AnnotationSession, settings: AutoSettings, plane: int | None = None
+) -> Task[Any, int]:
+    """Segment all objects of the image, of one plane, or (plane None) of the whole volume."""
+    session.require_model()
+    source, editor = session.automatic, session.layer_editor(AUTO)
+    if session.mode == "tracking" and plane is None:
+        raise InvalidInputError("Use auto_track for all frames of a time series.")
+    whole = plane is None and session.mode == "3d"
+
+    def steps():
+        work = source.segment_volume_steps(settings) if whole else source.segment_plane_steps(plane, settings)
+        labels = yield from work
+        if plane is not None:
+            labels = _beside_other_planes(editor, labels, plane)
+        return (yield from editor.compare_steps(labels, plane))
+
+    def apply(runs) -> int:
+        return _show_automatic(session, runs, "automatic segmentation", settings, {"plane": plane}, {})
+
+    return Task("Segment all objects", steps, apply)
+
+
+def auto_track(session: AnnotationSession, settings: AutoSettings) -> Task[Any, int]:
+    """Segment and track all objects of a time series, with their lineage."""
+    session.require_model()
+    source, editor = session.automatic, session.layer_editor(AUTO)
+
+    def steps():
+        labels, forest = yield from source.track_steps(settings)
+        runs = yield from editor.compare_steps(labels)
+        return runs, {str(t.id): t.parent for t in forest.values() if t.parent}
+
+    def apply(found) -> int:
+        runs, parents = found
+        return _show_automatic(session, runs, "automatic tracking", settings, {}, {"auto_parents": parents})
+
+    return Task("Track all objects", steps, apply)
+
+
+def measure(session: AnnotationSession) -> Task[Any, Any]:
+    """Measure size, shape and intensity of the committed objects; gives a table with one row for each."""
+    labels, image = session.labels[COMMITTED], session.image
+
+    def steps():
+        return (yield from measure_steps(labels, image.array, scale=image.scale))
+
+    return Task("Measure objects", steps, lambda table: table, uses_model=False)
+
+
+def _show_automatic(session, runs, name, settings, args, state: Mapping[str, Any]) -> int:
+    editor = session.layer_editor(AUTO)
+    delta = editor.take_over(name, runs)
+    session.take_over(name, AUTO, delta, {**args, **vars(settings)}, {f"scores/{AUTO}": None, **state})
+    n_objects = len(editor.ids)
+    if not n_objects:
+        session.events.message.emit("warning", advice(settings, session.mode))
+    return n_objects
+
+
+def _beside_other_planes(editor, labels: np.ndarray, plane: int) -> np.ndarray:
+    """Shift the ids of a plane behind those of the others, so that no two objects share one."""
+    others = [i for i in editor.ids if editor.planes(i) != [plane]]
+    labels = labels.astype(np.uint32)
+    labels[labels != 0] += np.uint32(max(others, default=0))
+    return labels
+
+
+def own_predictor(session: AnnotationSession) -> SamPredictor:
+    """A predictor of its own for each task: it remembers the image that it was set to, and tasks take turns."""
+    return copy.copy(session.model.predictor)
+
+
+def split_objects(prompts: Prompts) -> dict[int, Prompts]:
+    """Each positive point and each shape as an object of its own, with all negative points."""
+    parts = prompts.split()
+    if not parts:
+        raise PromptRefusal("There are no positive points and no shapes to start from.", code="only_negative")
+    return dict(enumerate(parts, 1))

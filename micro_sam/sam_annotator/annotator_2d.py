@@ -1,0 +1,61 @@
+"""The annotator of images."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from ..annotation.geometry import AnnotationImage
+from .annotator import Annotator
+from .launch import launch
+
+
+class Annotator2d(Annotator):
+    """Annotate the objects of an image (Y, X) or (Y, X, C)."""
+
+    mode, title = "2d", "Annotator 2d"
+
+    def __init__(self, viewer: "napari.viewer.Viewer", **options: Any):  # noqa: F821 - napari looks at the name
+        super().__init__(viewer, **options)
+
+
+def annotator_2d(
+    image: np.ndarray | AnnotationImage,
+    embedding_path: str | os.PathLike | dict | None = None,
+    segmentation_result: np.ndarray | None = None,
+    model_type: str = "vit_b_lm",
+    tile_shape: tuple[int, int] | None = None,
+    halo: tuple[int, int] | None = None,
+    return_viewer: bool = False,
+    viewer: "napari.viewer.Viewer | None" = None,  # noqa: F821
+    precompute_amg_state: bool = False,
+    checkpoint_path: str | os.PathLike | None = None,
+    decoder_path: str | os.PathLike | None = None,
+    device: str | None = None,
+    prefer_decoder: bool = True,
+) -> "napari.viewer.Viewer | None":  # noqa: F821
+    """Open napari to annotate the objects of an image.
+
+    Args:
+        image: The image (Y, X) or (Y, X, C).
+        embedding_path: Zarr folder of the embeddings, or embeddings that were computed before; None uses the
+            automatic cache.
+        segmentation_result: Labels (Y, X) to begin with; they are copied.
+        model_type: Name of the model.
+        tile_shape: Tile (y, x) for large images.
+        halo: Overlap (y, x) of the tiles.
+        return_viewer: Whether to return the viewer, with embeddings, instead of running napari's event loop.
+        viewer: The viewer to use; None opens a new one.
+        precompute_amg_state: Whether to prepare the automatic segmentation, too.
+        checkpoint_path: Weights of the model; None uses the published ones.
+        decoder_path: Weights of the segmentation decoder alone.
+        device: Compute device; None chooses it.
+        prefer_decoder: Whether to segment automatically with the decoder, if the model has one.
+
+    Returns:
+        The viewer if `return_viewer` is set, else None.
+    """
+    return launch(
+        Annotator2d, image, embedding_path, segmentation_result, model_type, tile_shape, halo, return_viewer, viewer,
+        precompute_amg_state, checkpoint_path, decoder_path, device, prefer_decoder,
+    )
