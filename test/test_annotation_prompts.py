@@ -163,9 +163,33 @@ def test_refusals_in_stacks(mode):
     refused("only_negative", "only negative", no, scribble(5, positive=False), **options)
     refused("several_shapes", "2 shapes in plane 5.*Remove the others", box, triangle(5), **options)
     refused("several_shapes", "2 shapes", box, triangle(5), point(8, 8, plane=5), **options)
-    refused("batched", "Switch off", point(1, 1, plane=5), batched=True, **options)
     (found,) = plan(no, box, **options)  # W13: not a stop, since there is a shape
     same(found, 1, [(1, 1)], [0], [2, 3, 12, 20])
+
+
+def test_several_objects_at_once_in_a_volume_have_the_same_ids_in_all_planes():
+    prompts = [
+        point(8, 9, plane=4), point(25, 35, plane=6.4), point(1, 1, False, 4), point(2, 2, False, 9),
+        point(3, 3, False, 9), rectangle(2, 3, 12, 20, 6), triangle(4),
+    ]
+    ids = {4: [1, 4], 6: [2, 3]}
+    for plane, expected in ids.items():
+        found = plan(*prompts, plane=plane, mode="3d", batched=True)
+        assert [s.object_id for s in found] == expected
+        assert [len(s.points) for s in found] == ([2, 1] if plane == 4 else [1, 0]), "negative ones act in their plane"
+    assert plan(*prompts, plane=4, mode="3d", batched=True)[1].mask is not None
+    options = {"plane": 9, "mode": "3d", "batched": True}
+    refused("only_negative", "only negative prompts in plane 9", *prompts, **options)
+    refused("none", "no prompts in plane 8", *prompts, **{**options, "plane": 8})
+    refused("stop", "has ended", *prompts[:1], point(1, 1, False, 9), **options)
+
+
+def test_where_several_objects_at_once_are_refused():
+    refused("batched", "Switch off", point(1, 1, plane=5), batched=True, mode="tracking", plane=5)
+    refused("batched", "Switch off", point(1, 1, plane=5), batched=True, mode="3d", plane=5, correcting=True)
+    boxes = [rectangle(2, 3, 12, 20, 5), triangle(5)]
+    refused("several_shapes", "Remove the others, or switch on 'batched'", *boxes, plane=5, mode="3d")
+    refused("several_shapes", "Remove the others[.]$", *boxes, plane=5, mode="tracking")
 
 
 def test_refusals_in_images():

@@ -15,7 +15,7 @@ from micro_sam.annotation.prompt_data import PointPrompt, Prompts, ShapePrompt
 from micro_sam.annotation.prompts import PromptRefusal
 from micro_sam.annotation.replay import replay
 from micro_sam.annotation.session import AUTO, COMMITTED, CURRENT, LAYERS, AnnotationSession
-from micro_sam.core.errors import InvalidInputError, NotInitializedError
+from micro_sam.core.errors import InvalidInputError, MicroSamError, NotInitializedError
 from micro_sam.core.output import read_labels
 from micro_sam.segmentation.workflow import LoadedModel
 
@@ -361,3 +361,51 @@ def _rectangle(low, high):
 def _boxed(y, x, size):
     from micro_sam.core.masks import BoxedMask
     return BoxedMask(y, x, np.ones((size, size), dtype=bool), size * size)
+
+
+def test_the_record_of_commits_follows_undo_and_redo_also_after_a_restart(cache):
+    from micro_sam.annotation.commit_record import read_commit_record
+
+    image, path = make_image(), cache / "record.zarr"
+    session = opening.start(image, "2d")
+    session.set_prompts(Prompts((PointPrompt((5.0, 5.0), True),)))
+    session.set_labels(CURRENT, square(session, 4, 4))
+    session.commit(path=path)
+    session.set_labels(CURRENT, square(session, 30, 30))
+    session.commit(path=path)
+    record = read_commit_record(path)
+    assert [entry.object_ids for entry in record.history] == [(1,), (2,)]
+    assert record.prompts == {1: Prompts((PointPrompt((5.0, 5.0), True),))}
+    np.testing.assert_array_equal(record.labels[:], session.labels[COMMITTED])
+    session.undo()
+    assert [entry.object_ids for entry in read_commit_record(path).history] == [(1,)]
+    session.redo()
+    session.start_correction(2)
+    session.show_objects("segment", {1: {0: _boxed(30, 30, 12)}})
+    session.commit(path=path)
+    np.testing.assert_array_equal(read_commit_record(path).labels[:], session.labels[COMMITTED])
+    session.close()
+    recovered = opening.recover(image, "2d", opening.unfinished(image, "2d")[0])
+    for _ in range(4):
+        recovered.undo()
+    assert recovered.objects.ids == [1]
+    record = read_commit_record(path)
+    assert [entry.object_ids for entry in record.history] == [(1,)]
+    np.testing.assert_array_equal(record.labels[:], recovered.labels[COMMITTED])
+    recovered.close()
+
+
+def test_a_commit_that_cannot_be_recorded_is_taken_back(cache):
+    from micro_sam.annotation.commit_record import read_commit_record
+
+    path = cache / "record.zarr"
+    other = AnnotationSession(AnnotationImage.create(make_image().array + 1, mode="2d"), mode="2d")
+    other.set_labels(CURRENT, square(other, 20, 20))
+    other.commit(path=path)
+    session = AnnotationSession(make_image(), mode="2d")
+    session.set_labels(CURRENT, square(session, 4, 4))
+    before = snapshot(session)
+    with pytest.raises(MicroSamError, match="record"):
+        session.commit(path=path)
+    assert_same(snapshot(session), before)
+    np.testing.assert_array_equal(read_commit_record(path).labels[:], other.labels[COMMITTED])

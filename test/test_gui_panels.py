@@ -19,6 +19,12 @@ MODES = ("2d", "3d", "tracking")
 
 
 @pytest.fixture(scope="module")
+def app():
+    from qtpy.QtWidgets import QApplication
+    return QApplication.instance() or QApplication([])
+
+
+@pytest.fixture(scope="module")
 def window():
     import napari
     viewer = napari.Viewer(show=True)
@@ -122,16 +128,24 @@ def test_shadowed_keys_are_those_that_napari_takes(viewer, bind, calls, kind):
 
 
 def test_our_keys_are_no_shortcuts_of_the_window(viewer):
-    from qtpy.QtGui import QAction, QKeySequence
+    from qtpy.QtGui import QKeySequence
 
     from micro_sam.sam_annotator.keys import key_map
 
-    window = viewer.window._qt_window
-    found = {s.toString() for action in window.findChildren(QAction) for s in action.shortcuts()}
+    found = set(_shortcuts(viewer.window._qt_window.menuBar().actions()))
     ours = {QKeySequence(key.replace("Control", "Ctrl").replace("-", "+")).toString()
             for mode in MODES for key in key_map(mode, series=True).values()}
-    assert found
+    assert "Ctrl+O" in found
     assert not found & ours
+
+
+def _shortcuts(actions):
+    """The shortcuts of menus and all menus in them."""
+    for action in actions:
+        yield action.shortcut().toString()
+        if action.menu() is not None:
+            action.menu().aboutToShow.emit()  # fills it
+            yield from _shortcuts(action.menu().actions())
 
 
 def test_layers_get_their_own_keys_back_and_new_layers_get_ours(viewer, bind, calls):
@@ -232,8 +246,11 @@ def test_keys_are_shown_and_hidden(viewer):
 
 
 @pytest.fixture
-def panel(viewer):
+def panel(app):
+    from napari.components import ViewerModel  # the viewer without its window, which takes seconds
+
     from micro_sam.sam_annotator.model_panel import EmbeddingPanel
+    viewer = ViewerModel()
     viewer.add_image(np.zeros((64, 64), "uint8"), name="first")
     viewer.add_image(np.zeros((900, 1500), "uint8"), name="second")
     panel = EmbeddingPanel(viewer, "2d")
@@ -262,17 +279,17 @@ def test_the_panel_starts_with_what_works_offline(panel):
     )
 
 
-@pytest.mark.parametrize("name", registry.list_models())
-def test_the_panel_shows_every_model_it_is_given(panel, name):
+def test_the_panel_shows_every_model_it_is_given(panel):
     from micro_sam.annotation.model_choice import get_entry
 
-    panel.set_values(model=name)
-    entry = get_entry(name)
-    assert panel.model_name == panel.values().model == name
-    assert panel.family.currentText() == entry.family
-    assert panel.size.currentText().startswith(entry.size)
-    assert entry.purpose in panel.purpose.text()
-    assert ("downloaded once" in panel.purpose.text()) is not entry.on_disk
+    for name in registry.list_models():
+        panel.set_values(model=name)
+        entry = get_entry(name)
+        assert panel.model_name == panel.values().model == name
+        assert panel.family.currentText() == entry.family
+        assert panel.size.currentText().startswith(entry.size)
+        assert entry.purpose in panel.purpose.text()
+        assert ("downloaded once" in panel.purpose.text()) is not entry.on_disk
 
 
 def test_a_family_offers_its_sizes_and_keeps_the_chosen_one(panel):
@@ -418,10 +435,10 @@ def test_a_volume_is_refused_by_the_2d_panel_before_any_work(panel):
     assert panel.request() is not None
 
 
-def test_the_series_panel_has_no_image(viewer):
+def test_the_series_panel_has_no_image(app):
     from micro_sam.sam_annotator.model_panel import EmbeddingPanel
 
-    panel = EmbeddingPanel(viewer, "3d", show_image=False)
+    panel = EmbeddingPanel(mode="3d", show_image=False)
     request = panel.request()
     assert request.image is None
     assert request.model == "vit_t_lite"
@@ -433,7 +450,7 @@ def test_the_series_panel_has_no_image(viewer):
 @pytest.mark.parametrize(("value", "text"), [
     (0.5, "0.5"), (0.025, "0.025"), (0.0025, "0.0025"), (1, "1.0"), (0, "0.0")
 ])
-def test_numbers_show_all_their_decimals(window, value, text):
+def test_numbers_show_all_their_decimals(app, value, text):
     from micro_sam.sam_annotator.form import number
 
     spin = number(value)
@@ -441,7 +458,7 @@ def test_numbers_show_all_their_decimals(window, value, text):
     assert spin.text() == text
 
 
-def test_the_wheel_changes_a_field_only_when_it_was_clicked(window):
+def test_the_wheel_changes_a_field_only_when_it_was_clicked(app):
     from qtpy.QtCore import QPoint, QPointF, Qt
     from qtpy.QtGui import QWheelEvent
     from qtpy.QtWidgets import QApplication
@@ -458,7 +475,7 @@ def test_the_wheel_changes_a_field_only_when_it_was_clicked(window):
         assert (widget.value() == 5) if hasattr(widget, "value") else widget.currentText() == "a"
 
 
-def test_paths_expand_and_can_be_chosen(window, monkeypatch, tmp_path):
+def test_paths_expand_and_can_be_chosen(app, monkeypatch, tmp_path):
     from qtpy.QtWidgets import QFileDialog
 
     from micro_sam.sam_annotator.form import PathRow
@@ -481,7 +498,7 @@ def test_paths_expand_and_can_be_chosen(window, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def notices(window):
+def notices(app):
     from micro_sam.sam_annotator.notices import NoticeLine
     line = NoticeLine()
     line.resize(240, 30)
@@ -558,7 +575,7 @@ def own_settings(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def settings(window, own_settings):
+def settings(app, own_settings):
     widget = own_settings.settings_widget()
     widget.show()
     assert widget.runner.wait()
@@ -582,7 +599,7 @@ def test_settings_are_kept_for_the_next_start(settings, own_settings, tmp_path):
     assert own_settings.read_user_settings() == {}
 
 
-def test_a_folder_that_cannot_be_used_is_refused(window, own_settings, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_used_is_refused(app, own_settings, monkeypatch, tmp_path):
     monkeypatch.delenv("MICROSAM_CACHEDIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     widget = own_settings.settings_widget()

@@ -37,6 +37,7 @@ from ..tracking.workflow import tracking_steps
 from ..volume.merge import merge_steps
 from .defaults import panel_defaults
 from .embedding_source import EmbeddingSource, image_array
+from .volume import during
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,24 @@ class AutomaticSource:
     def is_initialized(self, plane: int | None, settings: AutoSettings) -> bool:
         """Whether segmenting a plane is quick, since its state is in memory."""
         return self._key(plane, settings) in self._states
+
+    def prepare_steps(self, settings: AutoSettings | None = None) -> Steps[None]:
+        """Compute ahead what takes long, for all planes. It is kept next to the embeddings if they are in a store.
+
+        Args:
+            settings: The mode, and for `amg` the grid of points; None for those of the model.
+        """
+        settings = settings or AutoSettings()
+        mode, n_planes = self.mode(settings), self.embeddings.n_planes
+        yield from self.embeddings.prepare_steps()
+        if n_planes is None:
+            yield from self._state_steps(None, settings, mode)
+            return
+        text = "Prepare automatic segmentation"
+        yield Step(0, n_planes, text)
+        for plane in range(n_planes):
+            yield from during(self._state_steps(plane, settings, mode), Step(plane, n_planes, text))
+            yield Step(plane + 1, n_planes, text)
 
     def segment_plane_steps(self, plane: int | None, settings: AutoSettings) -> Steps[np.ndarray]:
         """Segment the image, or one plane of a stack.

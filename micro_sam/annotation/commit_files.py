@@ -1,36 +1,44 @@
 """Commits of a session in a record on disk: which prompts made which object, and what an undo takes out again."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..editing.history import Delta
-from ..editing.objects import Commit
 from .commit_record import revert_commit, write_commit
+from .journal import Entry
 from .prompt_data import Prompts
+
+COMMITTED = "committed_objects"
 
 if TYPE_CHECKING:
     from .session import AnnotationSession
 
 
-def record_commit(
-    session: "AnnotationSession", path: str | Path, layer: str, commit: Commit, prompts: Prompts, settings: Mapping
-) -> None:
+def record_commit(session: "AnnotationSession", entry: Entry, settings: Mapping[str, Any]) -> None:
     """Write a commit that the session has just carried out; see `commit_record.write_commit` for errors."""
+    args, delta = entry.args, entry.deltas[COMMITTED]
+    prompts = entry.prompts[0] if entry.prompts else Prompts()
     write_commit(
-        path, shape=session.image.shape, labels=session.objects.labels, box=commit.delta.box,
-        object_ids=commit.ids.values(), layer=layer, settings=settings,
-        prompts_by_object=prompts_by_object(session.mode, commit.ids, prompts), attributes=_attributes(session),
-        lineages=_lineages(session), corrects=not commit.delta.created and bool(commit.delta.changed),
+        args["path"], shape=session.image.shape, labels=session.objects.labels, box=delta.box,
+        object_ids=_ids(entry).values(), layer=args["layer"], settings=settings,
+        prompts_by_object=prompts_by_object(session.mode, _ids(entry), prompts), attributes=_attributes(session),
+        lineages=_lineages(session), corrects="corrected" in args,
     )
 
 
-def take_out(session: "AnnotationSession", path: str | Path, delta: Delta) -> None:
+def take_out(session: "AnnotationSession", entry: Entry) -> None:
     """Take a commit out of the record, because it was undone."""
     revert_commit(
-        path, labels=session.objects.labels, box=delta.box, object_ids=delta.created, lineages=_lineages(session)
+        entry.args["path"], labels=session.objects.labels, box=entry.deltas[COMMITTED].box,
+        object_ids=_ids(entry).values(), lineages=_lineages(session),
     )
+
+
+def _ids(entry: Entry) -> dict[int, int]:
+    """The committed id of each candidate."""
+    if "corrected" in entry.args:
+        return {1: entry.args["corrected"]}
+    return {int(old): int(new) for old, new in entry.args["ids"]}
 
 
 def prompts_by_object(mode: str, ids: Mapping[int, int], prompts: Prompts) -> dict[int, Prompts]:
@@ -43,7 +51,7 @@ def prompts_by_object(mode: str, ids: Mapping[int, int], prompts: Prompts) -> di
     if mode == "tracking":
         found = {new: prompts.of_track(old) for old, new in ids.items()}
     elif len(ids) == 1:
-        found = {new: prompts for new in ids.values()}
+        found = dict.fromkeys(ids.values(), prompts)
     else:
         parts = dict(enumerate(prompts.split(), 1))
         found = {new: parts[old] for old, new in ids.items() if old in parts}

@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     import zarr
 
-    from .prompts import Prompts, ShapePrompt
+    from .prompt_data import Prompts, ShapePrompt
 
 
 def write_prompts(group: "zarr.Group", prompts: "Prompts") -> None:
@@ -22,33 +22,31 @@ def write_prompts(group: "zarr.Group", prompts: "Prompts") -> None:
         vertices = np.full((len(counts), max(counts), len(prompts.shapes[0].vertices[0])), np.nan)
         for row, shape in zip(vertices, prompts.shapes):
             row[:len(shape.vertices)] = shape.vertices
-        array = _write(group, "prompts", vertices)
-        array.attrs.update({
+        _write(group, "prompts", vertices, {
             "shape_kinds": [s.kind for s in prompts.shapes], "n_vertices": counts,
             "positive": [s.positive for s in prompts.shapes], "track_ids": [s.track_id for s in prompts.shapes],
         })
     if prompts.points:
-        _write(group, "point_prompts", np.array([p.position for p in prompts.points], dtype=np.float64))
-        array = _write(group, "point_labels", np.array([p.positive for p in prompts.points], dtype=np.int64))
-        array.attrs.update({
+        _write(group, "point_prompts", np.array([p.position for p in prompts.points], dtype=np.float64), {})
+        _write(group, "point_labels", np.array([p.positive for p in prompts.points], dtype=np.int64), {
             "track_state": ["division" if p.division else "track" for p in prompts.points],
             "track_ids": [p.track_id for p in prompts.points],
         })
 
 
-def _write(group: "zarr.Group", name: str, values: np.ndarray) -> "zarr.Array":
+def _write(group: "zarr.Group", name: str, values: np.ndarray, attributes: dict[str, Any]) -> None:
     from numcodecs import GZip
 
     array = group.create_array(
-        name, shape=values.shape, chunks=values.shape, dtype=values.dtype, compressors=GZip(level=5), fill_value=0
+        name, shape=values.shape, chunks=values.shape, dtype=values.dtype, compressors=GZip(level=5), fill_value=0,
+        attributes=attributes,
     )
     array[...] = values
-    return array
 
 
 def read_prompts(group: "zarr.Group") -> "Prompts":
     """Read the prompts of an object."""
-    from .prompts import PointPrompt, Prompts
+    from .prompt_data import PointPrompt, Prompts
 
     points, shapes = (), ()
     if "point_prompts" in group:
@@ -67,7 +65,7 @@ def read_prompts(group: "zarr.Group") -> "Prompts":
 
 
 def _read_shapes(vertices: np.ndarray, attrs: dict[str, Any]) -> "tuple[ShapePrompt, ...]":
-    from .prompts import ShapePrompt
+    from .prompt_data import ShapePrompt
 
     counts = attrs.get("n_vertices", [vertices.shape[1]] * len(vertices))
     rows = [row[:count] for row, count in zip(vertices, counts, strict=True)]

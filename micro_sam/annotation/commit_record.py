@@ -47,7 +47,7 @@ from .journal_format import plain
 if TYPE_CHECKING:
     import zarr
 
-    from .prompts import Prompts
+    from .prompt_data import Prompts
 
 __all__ = [
     "CommitEntry", "CommitRecord", "CommitRecordMismatch", "read_commit_record", "revert_commit", "sync_labels",

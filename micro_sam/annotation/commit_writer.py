@@ -15,7 +15,7 @@ from .commit_prompts import read_prompts, write_prompts
 if TYPE_CHECKING:
     import zarr
 
-    from .prompts import Prompts
+    from .prompt_data import Prompts
 
 LABELS, PROMPTS = "committed_objects", "prompts"
 HISTORY, LINEAGES, PENDING = "commit_history", "committed_lineages", "pending_commit"

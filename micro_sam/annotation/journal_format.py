@@ -19,7 +19,7 @@ from ..core.errors import ImageReadError, InvalidInputError, InvalidTypeError, M
 from ..editing.history import Delta
 
 if TYPE_CHECKING:
-    from .prompts import Prompts
+    from .prompt_data import Prompts
 
 FORMAT, VERSION = "micro_sam.session", 1
 MODES = ("2d", "3d", "tracking")
@@ -90,7 +90,7 @@ class Entry:
         if set(labels) - set(LAYERS):
             raise InvalidInputError(f"unknown layers {sorted(set(labels) - set(LAYERS))}")
         if prompts is not None:
-            from .prompts import Prompts
+            from .prompt_data import Prompts
             before, after = prompts
             prompts = (Prompts.from_json(before), Prompts.from_json(after))
         return cls(

@@ -4,7 +4,7 @@ The prompts themselves are in `prompt_data`; this module has their names as well
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from skimage.draw import ellipse
@@ -28,7 +28,7 @@ from .prompt_data import (
 
 __all__ = [
     "SCRIBBLES", "SHAPE_KINDS", "PointArrays", "PointPrompt", "PromptRefusal", "PromptSet", "PromptedPlanes", "Prompts",
-    "ShapeArrays", "ShapePrompt", "plan_prompts", "points_from_arrays", "points_to_arrays", "prompted_planes",
+    "ShapeArrays", "ShapePrompt", "check_batched", "plan_prompts", "points_from_arrays", "points_to_arrays", "prompted_planes",
     "shapes_from_arrays", "shapes_to_arrays",
 ]
 
@@ -85,8 +85,10 @@ def plan_prompts(
     | one shape, with or without points and scribbles | one |
     | several shapes and nothing else | one each in an image; refused in a plane of a stack |
     | several shapes and points or scribbles | refused |
-    | nothing positive | refused; none in a batch |
-    | batched (images only) | one for each positive point, then for each positive scribble or shape, always with all negative ones |
+    | nothing positive | refused; none in a batch of an image |
+    | batched | one for each positive point, then for each positive scribble or shape, always with all negative ones |
+
+    A batch of a volume numbers the prompts of all planes, so that an object has the same id in each of them.
 
     Args:
         prompts: The prompts.
@@ -104,15 +106,13 @@ def plan_prompts(
     Raises:
         PromptRefusal: If there is nothing to segment, or the prompts do not fit together.
         InvalidInputError: If plane, coordinates and mode do not fit.
-    """  # noqa: E501 (a row of the table)
-    here = _select(prompts, plane, track_id, mode)
+    """
+    candidates = _select(prompts, plane, track_id, mode)
+    here = candidates.in_plane(plane)
     shape = (int(plane_shape[0]), int(plane_shape[1]))
     where = _where(plane, track_id)
-    if batched and (mode != "2d" or correcting):
-        raise PromptRefusal(
-            "Several objects at once are possible in an image only, and not while one is being corrected. "
-            "Switch off 'batched'.", code="batched",
-        )
+    if batched:
+        check_batched(mode, correcting)
     if here.is_empty:
         raise PromptRefusal(
             f"There are no prompts {where}. Place a point on an object, or draw a box around it.", code="none"
@@ -123,15 +123,31 @@ def plan_prompts(
             "or a box if it is there.", code="stop",
         )
     if batched:
-        sets = [_prompt_sets(part, shape, where)[0] for part in here.split()]
+        parts = [(k, part.in_plane(plane)) for k, part in enumerate(candidates.split())]
+        sets = [(k, _prompt_sets(part, shape, where)[0]) for k, part in parts if _has_positive(part)]
+        is_missing = not sets and mode != "2d"
     else:
-        sets = _prompt_sets(here, shape, where, several=mode == "2d" and not correcting)
-        first = sets[0]
-        if not correcting and first.box is None and not (first.labels == 1).any():
-            raise PromptRefusal(
-                f"There are only negative prompts {where}. Add a positive point or a box.", code="only_negative"
-            )
-    return [PromptSet(first_id + k, s.points, s.labels, s.box, s.mask) for k, s in enumerate(sets)]
+        several, can_batch = mode == "2d" and not correcting, mode != "tracking" and not correcting
+        sets = list(enumerate(_prompt_sets(here, shape, where, several=several, can_batch=can_batch)))
+        is_missing = not correcting and sets[0][1].box is None and not (sets[0][1].labels == 1).any()
+    if is_missing:
+        raise PromptRefusal(
+            f"There are only negative prompts {where}. Add a positive point or a box.", code="only_negative"
+        )
+    return [replace(s, object_id=first_id + k) for k, s in sets]
+
+
+def check_batched(mode: str, correcting: bool) -> None:
+    """Raise `PromptRefusal` where several objects at once are not possible."""
+    if mode == "tracking" or correcting:
+        raise PromptRefusal(
+            "Several objects at once are not possible in a time series, and not while one is being corrected. Switch "
+            "off 'batched'.", code="batched",
+        )
+
+
+def _has_positive(prompts: Prompts) -> bool:
+    return any(p.positive for p in (*prompts.points, *prompts.shapes))
 
 
 def _select(prompts: Prompts, plane: int | None, track_id: int | None, mode: str) -> Prompts:
@@ -146,7 +162,7 @@ def _select(prompts: Prompts, plane: int | None, track_id: int | None, mode: str
     for s in candidates.across_planes():
         if s.span[0] <= plane <= s.span[1]:
             raise PromptRefusal(f"{_across(s)} Delete it, and draw it in plane {plane}.", code="across_planes")
-    return candidates.in_plane(plane)
+    return candidates
 
 
 def _where(plane: int | None, track_id: int | None) -> str:
@@ -159,7 +175,9 @@ def _across(shape: ShapePrompt) -> str:
     return f"A {shape.kind} lies across planes, from {low:g} to {high:g}, and cannot be used."
 
 
-def _prompt_sets(prompts: Prompts, shape: tuple[int, int], where: str, several: bool = False) -> list[PromptSet]:
+def _prompt_sets(
+    prompts: Prompts, shape: tuple[int, int], where: str, several: bool = False, can_batch: bool = False
+) -> list[PromptSet]:
     """One object from all prompts, or (`several`) one from each shape if there is nothing else."""
     areas = [s for s in prompts.shapes if s.kind not in SCRIBBLES]
     if any(not s.positive for s in areas):
@@ -169,10 +187,11 @@ def _prompt_sets(prompts: Prompts, shape: tuple[int, int], where: str, several: 
         )
     points, labels = _points(prompts, shape, where)
     if len(areas) > 1 and (len(points) or not several):
+        advice = ", with points. Remove the points or all but one shape" if several else ". Remove the others"
+        batch = ", or switch on 'batched'" if can_batch else ""
         raise PromptRefusal(
-            f"There are {len(areas)} shapes {where}, but an object may have only one"
-            + (", with points. Remove the points or all but one shape, or switch on 'batched'." if several else
-               ". Remove the others."), code="several_shapes",
+            f"There are {len(areas)} shapes {where}, but an object may have only one{advice}{batch}.",
+            code="several_shapes",
         )
     if not areas:
         return [PromptSet(0, points, labels)]

@@ -15,7 +15,7 @@ from ..editing.history import Delta, EditConflictError, LabelStore
 from .journal_format import LAYERS, Entry, Note, Record, Undo, read_journal
 
 if TYPE_CHECKING:
-    from .prompts import Prompts
+    from .prompt_data import Prompts
 
 COMMITTED = "committed_objects"
 TRACK_FORMATS = ("ctc", "geff")
@@ -121,7 +121,7 @@ class _State:
     undone: list[Entry] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from .prompts import Prompts
+        from .prompt_data import Prompts
 
         shape = tuple(self.header["image"]["shape"])
         # Pages of these arrays that nothing is written to take no memory.

@@ -85,7 +85,7 @@ class AnnotationSession:
         self._done: list[Entry] = []
         self._undone: list[Entry] = []
         self._journal, self._unwritten = journal, []
-        self._recorded: dict[int, str | Path] = {}  # commit records on disk, by the identity of the entry
+        self._recorded: set[int] = set()  # commits that are in a record on disk, by the identity of their entry
 
     # What is there
 
@@ -232,17 +232,17 @@ class AnnotationSession:
                 "threshold, or choose the preserve mode 'pixels' or 'none'."
             )
         cleared = source.assign("clear", {})
-        prompts = self.prompts
         scores = self._moved_scores(layer, commit.ids)
         self._act(
             "commit",
-            {"layer": layer, "preserve": preserve, "threshold": threshold, "ids": list(commit.ids.items())},
+            {"layer": layer, "preserve": preserve, "threshold": threshold, "ids": list(commit.ids.items()),
+             "path": None if path is None else str(path)},
             {COMMITTED: commit.delta, layer: cleared},
             Prompts() if layer == CURRENT else None,
             {**scores, **self._fresh_tracks(layer)},
         )
         if path is not None:
-            self._record_commit(path, layer, commit, prompts)
+            self._record_commit()
         return commit
 
     def start_correction(self, object_id: int) -> None:
@@ -339,6 +339,7 @@ class AnnotationSession:
                 self._carry_out(record, reverse=False)
                 self._done.append(record)
                 self._undone.clear()
+                self._recorded.add(id(record))
             elif isinstance(record, Undo):
                 self._step(self._done, self._undone, reverse=True)
             elif isinstance(record, Redo):
@@ -405,8 +406,7 @@ class AnnotationSession:
             entry = self._step(source, target, reverse)
             self._write(lambda journal: journal.append_undo() if reverse else journal.append_redo())
             self._tell(entry)
-            if reverse:
-                self._follow_record(entry)
+            self._follow_record(entry, reverse)
             # A mask that followed a prompt by itself goes and comes together with the prompt.
             following = entry if reverse else source[-1] if source else None
             if not source or following is None or not following.args.get("live"):
@@ -438,7 +438,7 @@ class AnnotationSession:
     # Parts of the actions
 
     def _commit_correction(self, preserve: str, path: str | Path | None) -> Commit:
-        object_id, source, prompts = self.correcting, self._editors[CURRENT], self.prompts
+        object_id, source = self.correcting, self._editors[CURRENT]
         nothing = BoxedMask(0, 0, np.zeros((0, 0), dtype=bool), 0)
         masks = dict.fromkeys(self.objects.planes(object_id), nothing)
         for z in {p for i in source.ids for p in source.planes(i)}:
@@ -448,12 +448,15 @@ class AnnotationSession:
         cleared = source.assign("clear", {})
         scores = self._moved_scores(CURRENT, dict.fromkeys(source.ids, object_id))
         self._act(
-            "commit", {"layer": CURRENT, "corrected": object_id}, {COMMITTED: delta, CURRENT: cleared}, Prompts(),
+            "commit",
+            {"layer": CURRENT, "corrected": object_id, "path": None if path is None else str(path)},
+            {COMMITTED: delta, CURRENT: cleared},
+            Prompts(),
             {**scores, **self._fresh_tracks(CURRENT)},
         )
         commit = Commit(delta, {1: object_id}, (), tuple(i for i in delta.changed if i != object_id))
         if path is not None:
-            self._record_commit(path, CURRENT, commit, prompts)
+            self._record_commit()
         return commit
 
     def _moved_scores(self, layer: str, ids: Mapping[int, int]) -> dict[str, Any]:
@@ -472,27 +475,33 @@ class AnnotationSession:
             return {"auto_parents": None}
         return {"lineage": None, "track_id": None, "correcting": None}
 
-    def _record_commit(self, path: str | Path, layer: str, commit: Commit, prompts: Prompts) -> None:
-        from .commit_files import record_commit
-        made = [entry for entry in self._done[:-1] if layer in entry.deltas and entry.name.startswith(_MAKING[layer])]
+    def _record_commit(self) -> None:
+        """Write the commit that was just carried out to its record on disk, or take it back."""
         try:
-            record_commit(self, path, layer, commit, prompts, made[-1].args if made else {})
+            self._write_record(self._done[-1])
         except BaseException:
             self.undo()
-            self._undone.pop()
             raise
-        self._recorded[id(self._done[-1])] = path
 
-    def _follow_record(self, entry: Entry) -> None:
-        """An undone commit is taken out of the record on disk, too."""
-        from .commit_files import take_out
-        path = self._recorded.pop(id(entry), None)
-        if path is None:
+    def _write_record(self, entry: Entry) -> None:
+        from .commit_files import record_commit
+        layer = entry.args["layer"]
+        made = [e for e in self._done if layer in e.deltas and e.name.startswith(_MAKING[layer])]
+        record_commit(self, entry, made[-1].args if made else {})
+        self._recorded.add(id(entry))
+
+    def _follow_record(self, entry: Entry, reverse: bool) -> None:
+        """The record on disk follows when a commit is undone or repeated."""
+        if not entry.args.get("path") or entry.name != "commit":
             return
+        from .commit_files import take_out
         try:
-            take_out(self, path, entry.deltas[COMMITTED])
+            if not reverse:
+                self._write_record(entry)
+            elif id(entry) in self._recorded:
+                take_out(self, entry)
         except MicroSamError as error:
-            self.events.message.emit("error", f"The commit was undone, but is still in {path}: {error}")
+            self.events.message.emit("error", f"The record in {entry.args['path']} could not follow: {error}")
 
 
 def check_label_image(labels: Any, shape: Sequence[int]) -> np.ndarray:

@@ -163,7 +163,7 @@ def _segment_steps(
     yield Step(0, len(by_plane), text)
     for plane, sets in sorted(by_plane.items()):
         steps = segment_plane_steps(predictor, image_embeddings, plane, sets, plane_shape)
-        for result in (yield from _silent(steps, Step(done, len(by_plane), text))):
+        for result in (yield from during(steps, Step(done, len(by_plane), text))):
             if result.mask.area:
                 objects[result.object_id].anchors[plane] = result.mask
                 objects[result.object_id].scores[plane] = Score(result.predicted_iou, result.stability)
@@ -175,8 +175,8 @@ def _segment_steps(
     return notes
 
 
-def _silent(steps: Steps, step: Step) -> Steps:
-    """Run other steps to their end, with `step` in place of each of them."""
+def during(steps: Steps, step: Step) -> Steps:
+    """Run other steps to their end, with `step` in place of each of them: one bar over several pieces of work."""
     try:
         while True:
             try:

@@ -96,6 +96,7 @@ class Annotator(QWidget):
         scroll.setWidgetResizable(True)
         scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         scroll.setWidget(content)
+        self._scroll = scroll
         self.notices, self.progress = NoticeLine(), ProgressView(self.runner)
         self.help = HelpOverlay(canvas_of(self.viewer), self.mode)
         footer = QHBoxLayout()
@@ -109,7 +110,6 @@ class Annotator(QWidget):
         outer.addWidget(scroll, 1)
         outer.addWidget(self.progress)
         outer.addLayout(footer)
-        self.setMinimumWidth(300)
         self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Expanding)
 
     def _panels(self) -> list[QWidget]:
@@ -194,6 +194,8 @@ class Annotator(QWidget):
         session.events.state.connect(self._show_state)
         session.events.labels.connect(self.objects_panel.refresh_later)
         self.viewer.layers.selection.active = self.views[POINTS]
+        if self.mode == "tracking":
+            self.viewer.dims.set_current_step(0, 0)
         self._show_model()
         self._show_history()
         self._show_state()
@@ -339,6 +341,12 @@ class Annotator(QWidget):
             self.notices.warning(str(error))
         else:
             self.notices.show_error(error)
+
+    def showEvent(self, event: Any) -> None:
+        """A dock that is narrower than its content would hide the ends of all fields."""
+        super().showEvent(event)
+        bar = self._scroll.verticalScrollBar().sizeHint().width()
+        self._scroll.setMinimumWidth(self._scroll.widget().minimumSizeHint().width() + bar + 4)
 
     def closeEvent(self, event: Any) -> None:
         """Stop all work; what was done is in the journals."""

@@ -1,8 +1,8 @@
 """The list of classes of the object classifier: colour, name, number of objects; a click chooses what to paint."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from napari.utils.colormaps import DirectLabelColormap
 from qtpy.QtCore import QSignalBlocker, Qt, Signal
 from qtpy.QtWidgets import QButtonGroup, QGridLayout, QLabel, QLineEdit, QPushButton, QToolButton, QVBoxLayout, QWidget
 
@@ -10,24 +10,34 @@ from ..annotation.classifier import ObjectClass
 from .form import SPACING, button
 
 _SWATCH = 20
+# Colours that also people with colour-blindness tell apart (Okabe and Ito 2008), and some more.
+_COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2", "#b3de69", "#bc80bd", "#fb8072")
+_N_COLORED = 256
+_RIGHT = Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter
+
+
+def class_color(class_id: int) -> str:
+    """The colour of a class, as `#rrggbb`."""
+    return _COLORS[(class_id - 1) % len(_COLORS)]
+
+
+def class_colormap() -> DirectLabelColormap:
+    """The colours of classes for a layer of labels."""
+    colors = {i: class_color(i) for i in range(1, _N_COLORED)}
+    return DirectLabelColormap(color_dict={None: "#999999", 0: "transparent", **colors})
 
 
 class ClassList(QWidget):
-    """Shows classes; `chosen` gives the id of the class to paint with, `renamed` an id and its new name.
-
-    Args:
-        color_of: Gives the colour of a class as `#rrggbb`.
-    """
+    """Shows classes; `chosen` gives the id of the class to paint with, `renamed` an id and its new name."""
 
     chosen = Signal(int)
     renamed = Signal(int, str)
     added = Signal()
 
-    def __init__(self, color_of: Callable[[int], str]):
+    def __init__(self):
         super().__init__()
-        self._color_of = color_of
         self.names: dict[int, QLineEdit] = {}
-        self.counts: dict[int, QLabel] = {}
+        self.counts: dict[int, tuple[QLabel, QLabel]] = {}
         self.swatches: dict[int, QToolButton] = {}
         self._group = QButtonGroup(self)
         self._grid = QGridLayout()
@@ -50,12 +60,11 @@ class ClassList(QWidget):
             if not line.hasFocus() and line.text() != c.name:
                 with QSignalBlocker(line):
                     line.setText(c.name)
-            elsewhere = f" + {c.n_earlier}" if c.n_earlier else ""
-            predicted = f" → {c.n_predicted}" if c.n_predicted else ""
-            self.counts[c.id].setText(f"{c.n_labelled}{elsewhere}{predicted}")
-            self.counts[c.id].setToolTip(
-                f"{c.n_labelled} objects annotated here, {c.n_earlier} in other images; {c.n_predicted} predicted here"
-            )
+            painted, found = self.counts[c.id]
+            painted.setText(f"{c.n_labelled} + {c.n_earlier}" if c.n_earlier else str(c.n_labelled))
+            painted.setToolTip(f"{c.n_labelled} objects are painted on here, and {c.n_earlier} in other images")
+            found.setText(str(c.n_predicted) if c.n_predicted else "–")
+            found.setToolTip(f"{c.n_predicted} objects were classified as this here")
         self.choose(current)
 
     def choose(self, class_id: int) -> None:
@@ -69,27 +78,27 @@ class ClassList(QWidget):
         while self._grid.count():
             self._grid.takeAt(0).widget().deleteLater()
         self.names, self.counts, self.swatches = {}, {}, {}
-        for row, i in enumerate(ids):
-            swatch, name, count = QToolButton(), QLineEdit(), QLabel()
+        for column, text in ((1, "class"), (2, "painted"), (3, "predicted")):
+            head = QLabel(text)
+            head.setEnabled(False)
+            self._grid.addWidget(head, 0, column, Qt.AlignmentFlag.AlignLeft if column == 1 else _RIGHT)
+        for row, i in enumerate(ids, 1):
+            swatch, name, painted, found = QToolButton(), QLineEdit(), QLabel(), QLabel()
             swatch.setCheckable(True)
             swatch.setFixedSize(_SWATCH, _SWATCH)
             swatch.setToolTip(f"Paint with this class (label {i})")
             swatch.setAccessibleName(f"Paint with class {i}")
             swatch.setStyleSheet(
-                f"QToolButton {{ background: {self._color_of(i)}; border: 2px solid transparent; border-radius: 4px; }}"
+                f"QToolButton {{ background: {class_color(i)}; border: 2px solid transparent; border-radius: 4px; }}"
                 "QToolButton:checked { border-color: white; }"
             )
             name.setPlaceholderText(f"class {i}")
             name.setToolTip("The name of the class; it is saved with the classifier")
-            count.setAlignment(Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter)
             swatch.clicked.connect(lambda _, i=i: self.chosen.emit(i))
             name.editingFinished.connect(lambda i=i, line=name: self.renamed.emit(i, line.text()))
             self._group.addButton(swatch)
-            for column, widget in enumerate((swatch, name, count)):
-                self._grid.addWidget(widget, row, column)
-            self.swatches[i], self.names[i], self.counts[i] = swatch, name, count
-
-
-def css_color(rgba: Any) -> str:
-    """Return a colour (red, green, blue[, alpha]) with values in 0…1 as `#rrggbb`."""
-    return "#" + "".join(f"{round(float(value) * 255):02x}" for value in list(rgba)[:3])
+            self._grid.addWidget(swatch, row, 0)
+            self._grid.addWidget(name, row, 1)
+            for column, label in enumerate((painted, found), 2):
+                self._grid.addWidget(label, row, column, _RIGHT)
+            self.swatches[i], self.names[i], self.counts[i] = swatch, name, (painted, found)

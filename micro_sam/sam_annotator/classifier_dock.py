@@ -14,7 +14,7 @@ from ..annotation.classifier_objects import Prediction
 from ..annotation.model_choice import EmbeddingRequest
 from ..annotation.task import Task
 from ..core.errors import MicroSamError, UnsafeCheckpointError
-from .class_list import ClassList, css_color
+from .class_list import ClassList, class_colormap
 from .form import add_row, button, choice, group, hint, set_options
 from .jobs import JobRunner
 from .model_panel import EmbeddingPanel
@@ -111,7 +111,10 @@ class ObjectClassifier(QWidget):
         self.embedding_panel = EmbeddingPanel(self.viewer, None, show_image=show_image)
         self.segmentation = choice(tooltip="The objects to classify: a layer with one label per object")
         if show_image:
-            add_row(rows, "Segmentation:", self.segmentation)
+            add_row(self.embedding_panel.layout().itemAt(0).layout(), "Segmentation:", self.segmentation)
+        # How objects would be found is of no interest here: they are there.
+        automatic = self.embedding_panel.segmentation
+        automatic.parentWidget().layout().setRowVisible(automatic, False)
         rows.addRow(self.embedding_panel)
         self.embedding_panel.requested.connect(self.compute_embeddings)
         return box
@@ -119,7 +122,7 @@ class ObjectClassifier(QWidget):
     def _class_box(self) -> QWidget:
         box, rows = group("Classes")
         rows.addRow(hint("Choose a class, and paint on some of its objects in the layer 'annotations'."))
-        self.classes = ClassList(self._color_of)
+        self.classes = ClassList()
         self.classes.chosen.connect(self.paint_with)
         self.classes.renamed.connect(lambda i, name: self.attempt(self.session.rename_class, i, name))
         self.classes.added.connect(self._add_class)
@@ -173,6 +176,7 @@ class ObjectClassifier(QWidget):
         pixels = labels.data[0] if labels.multiscale else labels.data
         if image is self._image_layer:
             self.attempt(self.session.set_segmentation, pixels)
+            labels.contour = labels.contour or 1
             return
         if self._image_layer is not None:
             self._kept[self._image_layer] = self.session.annotations
@@ -188,21 +192,25 @@ class ObjectClassifier(QWidget):
             return
         self._image_layer = image
         self.notices.clear()
-        self._make_layers(image)
+        self._make_layers(image, labels)
 
-    def _make_layers(self, image: Any) -> None:
-        """Show the strokes and the prediction of the session, where the image is."""
+    def _make_layers(self, image: Any, labels: Any) -> None:
+        """Show the strokes and the prediction of the session, where the image is, and the objects as outlines."""
         self._is_making = True
         try:
             self._remove_layers()
             ndim, shape = self.session.annotations.ndim, self.session.annotations.shape
             place = {"scale": image.scale[-ndim:], "translate": image.translate[-ndim:]}
+            place["colormap"] = class_colormap()
             self.layers[PREDICTION] = self.viewer.add_labels(
                 np.zeros(shape, np.uint8), name=PREDICTION, opacity=0.5, **place
             )
-            self.layers[ANNOTATIONS] = self.viewer.add_labels(self.session.annotations, name=ANNOTATIONS, **place)
+            self.layers[ANNOTATIONS] = self.viewer.add_labels(
+                self.session.annotations, name=ANNOTATIONS, opacity=1.0, **place
+            )
         finally:
             self._is_making = False
+        labels.contour = labels.contour or 1  # their colours would hide those of the classes
         self._arrange_annotations()
         self._refresh_segmentations()
         self._show_classes()
@@ -232,7 +240,7 @@ class ObjectClassifier(QWidget):
         self._is_making = True
         data = self.session.annotations if name == ANNOTATIONS else old.data
         self.layers[name] = self.viewer.add_labels(
-            data, name=name, scale=old.scale, translate=old.translate, opacity=old.opacity
+            data, name=name, scale=old.scale, translate=old.translate, opacity=old.opacity, colormap=old.colormap
         )
         self._is_making = False
         if name == ANNOTATIONS:
@@ -338,12 +346,6 @@ class ObjectClassifier(QWidget):
         return question
 
     # Showing
-
-    def _color_of(self, class_id: int) -> str:
-        if ANNOTATIONS in self.layers:
-            return css_color(self.layers[ANNOTATIONS].get_color(class_id))
-        from napari.utils.colormaps import label_colormap
-        return css_color(label_colormap().map(class_id))
 
     def _count_later(self, *_: Any) -> None:
         if self.session.annotations.size <= _MAX_COUNTED:

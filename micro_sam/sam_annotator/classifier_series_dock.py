@@ -91,7 +91,7 @@ class SeriesClassifier(ObjectClassifier):
         image = self.viewer.add_image(session.image.data, name=IMAGE, rgb=is_rgb(session.image))
         labels = self.viewer.add_labels(np.asarray(session.segmentation), name=SEGMENTATION)
         self._shown = [image, labels]
-        self._make_layers(image)
+        self._make_layers(image, labels)
         if self._bindings is not None:
             self._bindings.unbind()
         actions = {"next_image": lambda: self.go(1), "previous_image": lambda: self.go(-1)}

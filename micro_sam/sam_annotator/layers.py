@@ -152,7 +152,9 @@ class LayerViews:
                     self.viewer.layers.remove(layer)
             self._layers.pop(TRACKS, None)
         elif layer is None:
+            active = self.viewer.layers.selection.active
             self._layers[TRACKS] = self.viewer.add_tracks(data, graph=graph, name=TRACKS, **self._placement())
+            self.viewer.layers.selection.active = active
         else:
             layer.graph = {}
             layer.data = data

@@ -223,7 +223,7 @@ class ClearPanel(Panel):
         row = QHBoxLayout()
         self.undo = forms.button("Undo", tooltip="Ctrl+Z")
         self.redo = forms.button("Redo", tooltip="Ctrl+Shift+Z")
-        self.save = forms.button("Save Labels…", tooltip="Write the committed objects to a file")
+        self.save = forms.button("Save…", tooltip="Write the committed objects to a file")
         for button in (self.undo, self.redo, self.save):
             row.addWidget(button)
         self.body.addLayout(row)

@@ -22,6 +22,10 @@ from .tooltips import get_tooltip
 CACHE_VARIABLE = "MICROSAM_CACHEDIR"
 
 
+def _tip(name: str) -> str | None:
+    return get_tooltip("settings", name)
+
+
 def user_settings_file() -> Path:
     """Return the file with the settings that users have chosen; it need not exist."""
     if sys.platform == "win32":
@@ -98,15 +102,14 @@ class SettingsWidget(QWidget):
         self.refresh()
 
     def _build(self) -> None:
-        tip = lambda name: get_tooltip("settings", name)  # noqa: E731
-        self.folder = PathRow("folder", tooltip=tip("cache_directory"))
+        self.folder = PathRow("folder", tooltip=_tip("cache_directory"))
         self.folder_hint = hint()
-        self.cap = number(20, 0, 100000, step=5, decimals=1, tooltip=tip("cache_size"))
+        self.cap = number(20, 0, 100000, step=5, decimals=1, tooltip=_tip("cache_size"))
         self.cap.setSuffix(" GB")
         self.cap_hint = hint()
-        self.update_button = button("Update Settings", tooltip=tip("run_button"))
+        self.update_button = button("Update Settings", tooltip=_tip("run_button"))
         self.size = hint("…")
-        self.clear_button = button("Clear…", tooltip=tip("clear_cache"))
+        self.clear_button = button("Clear…", tooltip=_tip("clear_cache"))
         self.really_button, self.keep_button = button("Delete"), button("Keep")
         self.notice = NoticeLine()
 

@@ -1,0 +1,241 @@
+"""The finetuning panel: choose data, check them, train, and see whether the model became better."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import QHBoxLayout, QLabel, QScrollArea, QSizePolicy, QVBoxLayout, QWidget
+
+from ..annotation.task import Task
+from ..core.errors import MicroSamError, OutputExistsError
+from ..core.progress import Step, Steps
+from ..training.plan import (
+    CheckedJob,
+    FormError,
+    TrainingForm,
+    TrainingStep,
+    check_form,
+    check_steps,
+    finetune_steps,
+    register_result,
+)
+from .form import button
+from .jobs import Job, JobRunner
+from .loss_plot import LossPlot
+from .model_panel import EmbeddingPanel
+from .notices import COLOURS, NoticeLine
+from .progress_view import ProgressView, readable_time
+from .training_form import TrainingFields
+from .training_results import ResultBox, RichText, report_html
+
+if TYPE_CHECKING:
+    import napari
+
+
+class TrainingWidget(QWidget):
+    """The dock of the finetuning.
+
+    Args:
+        viewer: The napari viewer; the panel works without one.
+    """
+
+    title = "Finetuning"
+
+    def __init__(self, viewer: "napari.viewer.Viewer | None" = None):
+        super().__init__()
+        self.viewer = viewer
+        self.runner = JobRunner(self)
+        self._checked: tuple[TrainingForm, CheckedJob] | None = None
+        self._training: CheckedJob | None = None
+        self._build()
+        self.runner.progressed.connect(self._show_step)
+        self.runner.failed.connect(self._failed)
+        self.runner.cancelled.connect(self._cancelled)
+        for signal in (self.runner.started, self.runner.finished, self.runner.failed, self.runner.cancelled):
+            signal.connect(self._show_busy)
+        self.fields.device.currentIndexChanged.connect(self.find_configuration)
+        self.find_configuration()
+
+    def _build(self) -> None:
+        content = QWidget()
+        layout = QVBoxLayout(content)
+        layout.setContentsMargins(6, 6, 6, 6)
+        self.fields = TrainingFields()
+        self.fields.changed.connect(self._forget_problems)
+        self.problem = QLabel()
+        self.problem.setWordWrap(True)
+        self.problem.setStyleSheet(f"color: {COLOURS['error']}")
+        self.problem.hide()
+        self.check = button("Check Data", tooltip="Read the images and labels, and say what is wrong with them")
+        self.start = button("Start Training", tooltip="Check the data, train, and compare the model with the start")
+        self.check.clicked.connect(self.check_data)
+        self.start.clicked.connect(self.start_training)
+        buttons = QHBoxLayout()
+        buttons.addWidget(self.check)
+        buttons.addWidget(self.start, 1)
+        self.report, self.plot, self.result = RichText(), LossPlot(), ResultBox()
+        self.status = RichText()
+        self.plot.hide()
+        layout.addWidget(self.fields)
+        layout.addWidget(self.problem)
+        layout.addLayout(buttons)
+        for widget in (self.report, self.plot, self.status, self.result):
+            layout.addWidget(widget)
+        layout.addStretch()
+        scroll = QScrollArea()
+        scroll.setWidgetResizable(True)
+        scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        scroll.setWidget(content)
+        self.notices, self.progress = NoticeLine(), ProgressView(self.runner)
+        outer = QVBoxLayout(self)
+        outer.setContentsMargins(0, 0, 0, 0)
+        for widget in (scroll, self.progress, self.notices):
+            outer.addWidget(widget)
+        self.setMinimumWidth(320)
+        self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Expanding)
+
+    # What buttons do
+
+    def find_configuration(self, *_: Any) -> None:
+        """Find out in the background, as it loads torch, which devices there are and which preset suits the one."""
+        device = self.fields.values().device
+
+        def steps() -> Steps[tuple[str, list[str]]]:
+            yield Step(0, 1, "Look at the hardware")
+            from ..core.settings import available_devices
+            from ..training.configurations import choose_configuration
+            return choose_configuration(device), available_devices()
+
+        task = Task("Look at the hardware", steps, lambda found: found, uses_model=False)
+        self.runner.start(
+            task, key="configuration", background=True, on_done=lambda found: self.fields.show_hardware(*found)
+        )
+
+    def check_data(self) -> None:
+        """Check fields and data, and show the report."""
+        self._check(lambda checked: None)
+
+    def start_training(self) -> None:
+        """Check, unless that was done with the same fields, and train if there are no problems."""
+        form = self.fields.values()
+        if self._checked is not None and self._checked[0] == form:
+            self._train(self._checked[1])
+        else:
+            self._check(self._train)
+
+    def _check(self, then: Callable[[CheckedJob], None]) -> None:
+        form = self.fields.values()
+        self._forget_problems()
+        problems = check_form(form)
+        if problems:
+            self._show_problems(problems)
+            return
+
+        def done(checked: CheckedJob) -> None:
+            self._checked = form, checked
+            self.report.show_html(report_html(checked.report, f"Data: {checked.job.data.description}"))
+            if checked.report.ok:
+                self.notices.success("The data are fine." if not checked.report.warnings else "The data can be used.")
+                then(checked)
+            else:
+                self.notices.show_notice("error", "The data have problems, see the report.")
+
+        task = Task("Check data", lambda: check_steps(form), lambda checked: checked, uses_model=False)
+        self.runner.start(task, key="train", on_done=done)
+
+    def _train(self, checked: CheckedJob) -> None:
+        if not checked.report.ok:
+            self.notices.show_notice("error", "The data have problems, see the report.")
+            return
+        self._training = checked
+        self.plot.clear()
+        self.plot.hide()
+        self.result.clear()
+        self.status.show_html("")
+        task = Task("Finetune", lambda: finetune_steps(checked.job), lambda result: result, uses_model=False)
+        self.runner.start(task, key="train", on_done=lambda result: self._trained(checked, result))
+
+    def _trained(self, checked: CheckedJob, result: Any) -> None:
+        job = checked.job
+        self.status.show_html("")
+        try:
+            spec, note = register_result(job, result), ""
+        except MicroSamError as error:
+            spec, note = None, f"The model is in {result.output}, but could not be added to the menus: {error}"
+        if spec is not None:
+            note = f"The model is '{spec.name}' in the menus ('My models') and in {result.output}."
+            self._refresh_menus()
+        elif result.output is None:
+            note = (
+                f"It became worse, so it is not in the menus; it is kept in {result.checkpoint}. Check the labels, or "
+                "train longer. To use it anyway, choose so in the advanced settings, and go on with this training."
+            )
+        self.result.show_outcome(result.report, job.folder / "outcome.png", note)
+        self.fields.existing_choice = "refuse"
+        level = {"better": "success", "same": "info", "worse": "warning"}[result.report["verdict"]]
+        self.notices.show_notice(level, f"Finetuning is done. {note}", result.report["text"], important=True)
+
+    def _refresh_menus(self) -> None:
+        """Menus of models in this window offer the finetuned one."""
+        self.fields.refresh_models()
+        for panel in self.window().findChildren(EmbeddingPanel):
+            panel.refresh_models()
+
+    # Showing
+
+    def _show_step(self, job: Job, step: Step, seconds: float | None) -> None:
+        if job.key != "train" or not isinstance(step, TrainingStep):
+            return
+        self.plot.add(step.done, step.loss, step.metric)
+        self.plot.show()
+        parts = [f"Epoch {step.epoch}, iteration {step.done} of {step.total}"]
+        if step.metric is not None:
+            parts.append(f"validation {step.metric:.4f} (lower is better)")
+        if step.seconds_left is not None:
+            parts.append(f"about {readable_time(step.seconds_left)} left")
+        self.status.show_html(" · ".join(parts))
+
+    def _show_busy(self, *_: Any) -> None:
+        busy = any(job.key == "train" for job in self.runner.jobs)
+        for widget in (self.fields, self.check, self.start):
+            widget.setEnabled(not busy)
+
+    def _failed(self, job: Job, error: BaseException) -> None:
+        if isinstance(error, FormError):
+            self._show_problems(error.fields)
+        elif isinstance(error, OutputExistsError):
+            self.fields.open_advanced()
+            self._show_problems({"existing": (
+                f"There is a training of the name {self.fields.values().name!r} already. Choose whether to go on with "
+                "it or to start anew, or choose another name."
+            )})
+        elif job.key != "configuration":  # what is wrong with the device is said when it is used
+            self.notices.show_error(error)
+
+    def _cancelled(self, job: Job) -> None:
+        if job.key != "train" or job.text != "Finetune":
+            return
+        folder = self._training.job.folder
+        if not (folder / "latest.pt").is_file():
+            self.notices.info("Stopped before the training began.")
+            return
+        self.fields.existing_choice = "resume"
+        self.status.show_html("")
+        self.notices.info(
+            f"Stopped. Press 'Start Training' to go on. The model as it is now is {folder / 'latest.pt'}."
+        )
+
+    def _show_problems(self, problems: dict[str, str]) -> None:
+        self.problem.setText("\n".join(problems.values()))
+        self.problem.show()
+        self.fields.mark(problems)
+        self.notices.show_notice("error", next(iter(problems.values())))
+
+    def _forget_problems(self) -> None:
+        self.problem.hide()
+        self.fields.mark({})
+
+    def closeEvent(self, event: Any) -> None:
+        """Stop the training; it can be gone on with."""
+        self.runner.close()
+        super().closeEvent(event)
