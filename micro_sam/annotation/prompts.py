@@ -28,8 +28,8 @@ from .prompt_data import (
 
 __all__ = [
     "SCRIBBLES", "SHAPE_KINDS", "PointArrays", "PointPrompt", "PromptRefusal", "PromptSet", "PromptedPlanes", "Prompts",
-    "ShapeArrays", "ShapePrompt", "check_batched", "plan_prompts", "points_from_arrays", "points_to_arrays", "prompted_planes",
-    "shapes_from_arrays", "shapes_to_arrays",
+    "ShapeArrays", "ShapePrompt", "check_batched", "plan_prompts", "points_from_arrays", "points_to_arrays",
+    "prompted_planes", "shapes_from_arrays", "shapes_to_arrays",
 ]
 
 

@@ -133,6 +133,22 @@ class AnnotationSession:
         ids = set(self._editors[layer].ids)
         return {int(i): tuple(s) for i, s in found.items() if int(i) in ids}
 
+    def confidence(self, object_id: int | None = None) -> dict[int, tuple[float | None, float | None]]:
+        """Predicted IoU and stability of the current object by plane, where the model gave it.
+
+        Args:
+            object_id: The object or track; None takes the one with the lowest confidence in each plane.
+        """
+        editor, found = self._editors[CURRENT], {}
+        for i in editor.ids if object_id is None else {object_id} & set(editor.ids):
+            scores = self._state.get("confidence", {}).get(str(i), {})
+            for z in set(editor.planes(i)) & {int(z) for z in scores}:
+                found.setdefault(z, []).append(tuple(scores[str(z)]))
+        return {
+            z: min(scores, key=lambda score: min([v for v in score if v is not None] or [1.0]))
+            for z, scores in sorted(found.items())
+        }
+
     @property
     def can_undo(self) -> bool:
         return bool(self._done)
@@ -281,8 +297,12 @@ class AnnotationSession:
     def save(self, path: str | Path, layer: str = COMMITTED) -> Path:
         """Write the labels of a layer to a file (tif, zarr), completely or not at all."""
         written = write_labels(path, self.labels[layer], scale=self.image.scale)
-        self._write(lambda journal: journal.mark_saved({"path": str(written), "layer": layer}))
+        self.note_saved(written, layer)
         return written
+
+    def note_saved(self, path: str | Path, layer: str = COMMITTED) -> None:
+        """Note that all work so far was written to a file, so that it is not offered for recovery."""
+        self._write(lambda journal: journal.mark_saved({"path": str(path), "layer": layer}))
 
     def run(self, task: Task, verbose: bool = False) -> Any:
         """Do a task of this session here and now."""

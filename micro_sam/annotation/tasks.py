@@ -18,10 +18,10 @@ from ..core.masks import crop_mask
 from ..core.progress import Step, Steps
 from ..editing.refine import refine_mask
 from .automatic import AutomaticSource, AutoSettings, advice
+from .batches import batch_state, confidence_state, confidence_with, show_in_plane, split_objects
 from .embedding_source import EmbeddingSource
-from .prompt_data import Prompts
-from .prompts import PromptRefusal, plan_prompts
-from .review import measure_steps
+from .prompts import PromptRefusal, Prompts, plan_prompts
+from .review import mean_score, measure_steps
 from .segment import ObjectResult, segment_plane_steps
 from .session import AUTO, COMMITTED, CURRENT, AnnotationSession
 from .task import Task
@@ -110,7 +110,8 @@ def segment(
     Args:
         session: The session.
         plane: The slice or frame; None for an image.
-        batched: Whether each positive point and each box is an object of its own.
+        batched: Whether each positive point and each box is an object of its own; in a volume with the same id in all
+            planes.
         live: Whether it follows a prompt by itself, and is undone together with it.
 
     Raises:
@@ -124,7 +125,7 @@ def segment(
         session.prompts, shape, plane=plane, track_id=track_id, batched=batched, mode=session.mode,
         first_id=track_id or 1, correcting=session.correcting is not None,
     )
-    source, predictor = session.embeddings, own_predictor(session)
+    source, predictor, prompts = session.embeddings, own_predictor(session), session.prompts
     start = None
     if session.correcting is not None:
         editor = session.layer_editor(CURRENT)
@@ -146,11 +147,18 @@ def segment(
         found = [r for r in results if r.mask.area]
         if not found:
             session.events.message.emit("warning", "The model finds nothing here. Move a point, or draw a box.")
+        args = {"plane": plane, "batched": batched, "live": live}
+        if batched and plane is not None:
+            show_in_plane(session, prompts, plane, [s.object_id for s in sets], found, args)
+            return len(found)
+        scores, state = {r.object_id: (r.predicted_iou, r.stability) for r in found}, {}
+        if plane is not None:
+            state["confidence"] = confidence_with(session, {i: {plane: score} for i, score in scores.items()})
+            state["batch"] = None if tracking else _batch_of_one(prompts)
         session.show_objects(
             "segment", {r.object_id: {plane or 0: r.mask} for r in found},
             planes=None if plane is None else [plane], ids=[track_id] if tracking else None,
-            scores={r.object_id: (r.predicted_iou, r.stability) for r in found},
-            args={"plane": plane, "batched": batched, "live": live},
+            scores={**_other_tracks(session, track_id), **scores}, state=state, args=args,
         )
         return len(found)
 
@@ -168,7 +176,8 @@ def segment_volume(
         batched: Whether each positive point and each shape is an object of its own.
     """
     session.require_model()
-    objects = split_objects(session.prompts) if batched else {1: session.prompts}
+    prompts = session.prompts
+    objects = split_objects(prompts, session.correcting is not None) if batched else {1: prompts}
     source, predictor, shape = session.embeddings, own_predictor(session), session.image.shape
     settings = settings or VolumeSettings()
 
@@ -182,9 +191,10 @@ def segment_volume(
             session.events.message.emit("info", note)
         session.show_objects(
             "segment volume", result.masks, scores=result.scores,
-            state={"confidence": {
-                str(i): {str(z): list(score) for z, score in planes.items()} for i, planes in result.confidence.items()
-            }},
+            state={
+                "confidence": confidence_state(result.confidence),
+                "batch": batch_state(prompts) if batched else _batch_of_one(prompts),
+            },
             args={"batched": batched, **vars(settings)},
         )
         return result
@@ -207,7 +217,8 @@ def segment_track(session: AnnotationSession, settings: TrackSettings | None = N
         return (yield from track_object_steps(predictor, image_embeddings, shape, prompts, track_id, settings))
 
     def apply(result):
-        state = {}
+        known = {**confidence_with(session, {}), **confidence_state({track_id: result.scores})}
+        state, score = {"confidence": known}, mean_score(result.scores.values())
         if result.division_frame is not None and not lineage.get(track_id):
             used = set(session.layer_editor(CURRENT).ids) | set(lineage)
             working, daughters = divide(session.lineage, track_id, used)
@@ -220,6 +231,7 @@ def segment_track(session: AnnotationSession, settings: TrackSettings | None = N
             session.events.message.emit("info", note)
         session.show_objects(
             "segment track", {track_id: result.masks}, ids=[track_id], state=state,
+            scores={**_other_tracks(session, track_id), **({} if score is None else {track_id: score})},
             args={"track_id": track_id, **vars(settings)},
         )
         return result
@@ -300,9 +312,11 @@ def own_predictor(session: AnnotationSession) -> SamPredictor:
     return copy.copy(session.model.predictor)
 
 
-def split_objects(prompts: Prompts) -> dict[int, Prompts]:
-    """Each positive point and each shape as an object of its own, with all negative points."""
-    parts = prompts.split()
-    if not parts:
-        raise PromptRefusal("There are no positive points and no shapes to start from.", code="only_negative")
-    return dict(enumerate(parts, 1))
+def _batch_of_one(prompts: Prompts) -> dict[str, Any] | None:
+    """A single positive prompt makes the same object in a batch; of several an object of a batch has only one."""
+    return batch_state(prompts) if len(prompts.split()) == 1 else None
+
+
+def _other_tracks(session: AnnotationSession, track_id: int | None) -> dict[int, tuple[float, float]]:
+    """The scores of the tracks that stay as they are."""
+    return {} if track_id is None else {i: s for i, s in session.scores(CURRENT).items() if i != track_id}

@@ -48,6 +48,7 @@ class Annotator(QWidget):
     Args:
         viewer: The napari viewer.
         layer: The image to annotate; None takes the first one in the viewer that fits.
+        begin: Whether to begin with an image at once.
         model_loader: Loads a model, by default `segmentation.workflow.load_model`.
     """
 
@@ -59,6 +60,7 @@ class Annotator(QWidget):
         viewer: Any,
         *,
         layer: Image | None = None,
+        begin: bool = True,
         model_loader: Callable[..., Any] | None = None,
     ):
         super().__init__()
@@ -68,6 +70,7 @@ class Annotator(QWidget):
         self._kept: dict[Any, AnnotationSession] = {}
         self.runner = JobRunner(self)
         self._keys: KeyBindings | None = None
+        self._more_actions: dict[str, Callable[[], None]] = {}
         self._build()
         self.runner.failed.connect(lambda job, error: self.report(error))
         self._live_timer = QTimer(self)
@@ -76,10 +79,10 @@ class Annotator(QWidget):
         self._live_timer.timeout.connect(self._follow_prompt)
         _ACTIVE.append(self)
         self.destroyed.connect(lambda *_, ref=self: _ACTIVE.remove(ref) if ref in _ACTIVE else None)
-        if layer is None:
-            self._begin_with_first_image()
-        else:
+        if layer is not None:
             self.begin(layer)
+        elif begin:
+            self._begin_with_first_image()
 
     # Layout
 
@@ -152,13 +155,21 @@ class Annotator(QWidget):
 
     # The image
 
-    def begin(self, layer: Image, segmentation: Any = None, parents: Mapping[int, int] | None = None) -> None:
+    def begin(
+        self,
+        layer: Image,
+        segmentation: Any = None,
+        parents: Mapping[int, int] | None = None,
+        *,
+        recover: bool = False,
+    ) -> None:
         """Annotate the image of a layer. The annotation of another image is kept and shown again when one goes back.
 
         Args:
             layer: The layer.
             segmentation: Labels to begin with, as committed objects.
             parents: For tracks, the parent of each that has one.
+            recover: Whether to go on with an unfinished annotation without asking; `segmentation` is not used then.
         """
         if self.views is not None and self.views.image_layer is layer:
             if segmentation is not None:
@@ -169,9 +180,14 @@ class Annotator(QWidget):
         session = self._kept.get(layer)
         if session is None:
             unfinished = opening.unfinished(image, self.mode)
-            session = self._kept[layer] = opening.start(image, self.mode)
-            if unfinished:
-                self._offer_recovery(layer, image, unfinished[0])
+            if recover and unfinished:
+                session, segmentation, found = opening.recover(image, self.mode, unfinished[0]), None, []
+                self.notices.info("Your last work on this image is here again.")
+            else:
+                session = opening.start(image, self.mode)
+                if unfinished:
+                    self._offer_recovery(layer, image, unfinished[0])
+            self._kept[layer] = session
         self._show(layer, session)
         if segmentation is None and found:
             segmentation = found[0].data
@@ -179,15 +195,34 @@ class Annotator(QWidget):
         if segmentation is not None:
             session.set_labels(COMMITTED, segmentation, parents=parents)
 
-    def _show(self, layer: Image, session: AnnotationSession) -> None:
-        self.runner.cancel_all()
+    def forget(self, layer: Image) -> None:
+        """Close the annotation of an image that is not shown any more; its journal stays."""
+        session = self._kept.pop(layer, None)
+        if session is not None:
+            session.close()
+
+    def add_actions(self, actions: Mapping[str, Callable[[], None]]) -> None:
+        """Bind the keys of more actions, those of a series of images."""
+        self._more_actions = dict(actions)
+        self.help.set_mode(self.mode, series=True)
+        if self.views is not None:
+            self._bind_keys()
+
+    def _bind_keys(self) -> None:
         if self._keys is not None:
             self._keys.unbind()
+        self._keys = bind(
+            self.viewer, [self.views.image_layer, *self.views], self.actions | self._more_actions, mode=self.mode,
+            series=bool(self._more_actions),
+        )
+
+    def _show(self, layer: Image, session: AnnotationSession) -> None:
+        self.runner.cancel_all()
         if self.views is not None:
             self.views.close(remove=True)
         self.session = session
         self.views = LayerViews(self.viewer, session, layer, self._prompted, self._layer_created)
-        self._keys = bind(self.viewer, [layer, *self.views], self.actions, mode=self.mode)
+        self._bind_keys()
         session.events.message.connect(self._show_notice)
         session.events.model.connect(self._show_model)
         session.events.history.connect(self._show_history)
@@ -251,9 +286,9 @@ class Annotator(QWidget):
             self.session, **request.options, plane=self.views.plane, load=self.model_loader,
         ))
 
-    def open_model(self, task: Task) -> None:
+    def open_model(self, task: Task, then: Callable[[], None] = lambda: None) -> None:
         """Run a task of `tasks.open_model`, then compute the other embeddings in the background."""
-        self._run(task, key="embed", on_done=lambda _: self._embed_rest())
+        self._run(task, key="embed", on_done=lambda _: (self._embed_rest(), then()))
 
     def _embed_rest(self) -> None:
         self.notices.info("Ready: click on an object.")

@@ -24,7 +24,7 @@ from qtpy.QtWidgets import (
 from superqt import QCollapsible
 
 SPACING = 6
-QUIET = "#8d939c"  # can be read on light and dark
+QUIET = "#80868f"  # can be read on light and dark
 
 
 class _WheelGuard(QObject):

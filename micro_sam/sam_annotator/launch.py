@@ -8,8 +8,7 @@ import numpy as np
 from ..annotation import tasks
 from ..annotation.model_choice import EmbeddingRequest
 from .annotator import Annotator
-
-IMAGE = "image"
+from .layers import IMAGE
 
 
 def launch(

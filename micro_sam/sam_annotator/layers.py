@@ -1,5 +1,6 @@
 """The layers of an annotator: napari's views of a session. They show its arrays and hand edits in them to it."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,9 @@ import pandas as pd
 from napari.layers import Image, Labels, Points, Shapes
 from napari.layers.base import ActionType
 from napari.utils.colormaps import label_colormap
+from qtpy.QtCore import QTimer
 
-from ..annotation.geometry import AnnotationImage
+from ..annotation.geometry import AnnotationImage, plane_of
 from ..annotation.prompt_data import (
     Prompts,
     points_from_arrays,
@@ -21,21 +23,25 @@ from ..annotation.prompt_data import (
 from ..annotation.session import AUTO, COMMITTED, CURRENT, LAYERS, AnnotationSession
 from ..core.errors import MicroSamError
 
-POINTS, SHAPES, TRACKS = "point_prompts", "prompts", "tracks"
+IMAGE, POINTS, SHAPES, TRACKS = "image", "point_prompts", "prompts", "tracks"
 LABEL_COLORS = {"positive": "#00FF00", "negative": "#FF0000"}
 STATE_COLORS = {"track": "#00FFFF", "division": "#FF00FF"}
 _FINISHED = (ActionType.ADDED, ActionType.REMOVED, ActionType.CHANGED)
+_PLACEMENT = ("scale", "translate", "rotate", "shear", "affine")
+_OPEN: weakref.WeakSet = weakref.WeakSet()  # views that are open, of all viewers
+_LEFT: weakref.WeakSet = weakref.WeakSet()  # layers of views that were closed, which new ones take away
 
 
 class LayerViews:
     """Connects the layers of a viewer with a session, both ways.
 
     The session owns all data: a layer that is deleted comes back with its content, and a renamed one stays connected.
+    There is one set of layers in a viewer: new views close those that are there.
 
     Args:
         viewer: The viewer.
         session: The session.
-        image_layer: The layer of the image; the others take over its scale, translation and units.
+        image_layer: The layer of the image; the others lie where it lies, also when it is moved or scaled later.
         on_prompts: Called after the user has placed, moved or removed a prompt.
         on_restored: Called with a layer that replaces a deleted one.
     """
@@ -55,15 +61,23 @@ class LayerViews:
         self._extra = tuple(a for a in range(min(axes), 0) if a not in axes)
         self._ndim = -min(axes)
         self._layers: dict[str, Any] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._lost: list[tuple[int, Any]] = []
         self._busy = 0
-        self._closed = False
+        self.closed = False
+        for views in [views for views in _OPEN if views.viewer is viewer]:
+            views.close(remove=True)
+        _OPEN.add(self)
         for name in (CURRENT, AUTO, COMMITTED, POINTS, SHAPES):
             self._create(name)
+        self._face_image()
         session.events.labels.connect(self._show_labels)
         session.events.prompts.connect(self._show_prompts)
         session.events.state.connect(self._show_track)
         session.events.tracks.connect(self._show_tracks)
-        viewer.layers.events.removed.connect(self._restore)
+        viewer.layers.events.removed.connect(self._note_removed)
+        for name in _PLACEMENT:
+            getattr(image_layer.events, name).connect(self._follow_image)
         self._show_prompts()
         self._show_tracks()
 
@@ -78,7 +92,10 @@ class LayerViews:
     def plane(self) -> int | None:
         """The slice or frame that the viewer shows; None for an image."""
         n_planes = self.session.n_planes
-        return None if n_planes is None else self.session.image.transform.plane_index(self.viewer.dims.point, n_planes)
+        if n_planes is None:
+            return None
+        position = self._layers[POINTS].world_to_data(self.viewer.dims.point)[self.session.image.axes[0]]
+        return plane_of(min(max(float(position), 0), n_planes - 1))
 
     def choose_label(self, positive: bool) -> None:
         """Choose whether the next point is positive; points that were placed before stay as they are."""
@@ -90,17 +107,24 @@ class LayerViews:
 
     def close(self, remove: bool = False) -> None:
         """Disconnect; the layers stay, unless they are to be removed."""
-        self._closed = True
+        if self.closed:
+            return
+        self.closed = True
+        _OPEN.discard(self)
         events = self.session.events
         for signal, slot in (
             (events.labels, self._show_labels), (events.prompts, self._show_prompts),
             (events.state, self._show_track), (events.tracks, self._show_tracks),
         ):
             signal.disconnect(slot, missing_ok=True)
-        self.viewer.layers.events.removed.disconnect(self._restore)
+        self.viewer.layers.events.removed.disconnect(self._note_removed)
+        for name in _PLACEMENT:
+            getattr(self.image_layer.events, name).disconnect(self._follow_image)
         for layer in self._layers.values():
             if remove and layer in self.viewer.layers:
                 self.viewer.layers.remove(layer)
+            else:
+                _LEFT.add(layer)
 
     # From the session to the layers
 
@@ -109,8 +133,11 @@ class LayerViews:
 
     def _show_prompts(self) -> None:
         prompts = self.session.prompts
-        if prompts == self._read_prompts():
-            return
+        try:
+            if prompts == self._read_prompts():
+                return
+        except (MicroSamError, KeyError):
+            pass  # the user has put something into the layer that is no prompt
         with self._quiet():
             coordinates, labels, states, tracks = points_to_arrays(prompts.points, self.session.image.ndim)
             columns = {"label": labels, "state": states, "track_id": tracks}
@@ -120,7 +147,7 @@ class LayerViews:
             if len(coordinates):
                 # Of an empty table napari forgets what the next point gets.
                 upcoming = points.feature_defaults
-                points.features = pd.DataFrame({c: columns[c] for c in points.features.columns})
+                points.features = pd.DataFrame({c: columns[c] for c in self._choices})
                 points.feature_defaults = upcoming
                 points.refresh_colors(update_color_mapping=False)
             vertices, kinds, tracks, _ = shapes_to_arrays(prompts.shapes)
@@ -130,7 +157,7 @@ class LayerViews:
             if len(vertices):
                 shapes.add([self._lift(v) for v in vertices], shape_type=list(kinds), edge_color="green", edge_width=4,
                            face_color="transparent")
-                if "track_id" in shapes.features.columns:
+                if self.session.mode == "tracking":
                     shapes.features = pd.DataFrame({"track_id": tracks})
             shapes.selected_data = set()
 
@@ -163,22 +190,51 @@ class LayerViews:
     # From the layers to the session
 
     def _take_prompts(self, event: Any = None) -> None:
-        if self._busy or getattr(event, "action", ActionType.CHANGED) not in _FINISHED:
+        if self._busy or self.closed or getattr(event, "action", ActionType.CHANGED) not in _FINISHED:
             return
         before = self.session.prompts
-        self.session.set_prompts(self._read_prompts())
+        try:
+            self.session.set_prompts(self._read_prompts())
+        except (MicroSamError, KeyError) as error:
+            self.session.events.message.emit("warning", f"The prompts are as before: they cannot be used so. {error}")
+            self._show_prompts()
+            return
         if self.session.prompts != before:
             self._on_prompts()
 
     def _take_paint(self, layer: str, event: Any) -> None:
-        if self._busy:
+        if self._busy or self.closed:
             return
+        strokes = [read_stroke(atom) for atom in event.value]
+        strokes = [(tuple(i[a] for a in self.session.image.axes), *values) for i, *values in strokes]
+        # The history is that of the session: napari's own would bring back what is no longer there.
+        self._layers[layer]._undo_history.clear()
+        array = self.session.labels[layer]
+        for where, _, new in strokes:
+            array[where] = new  # napari tells of the edits of scripts before it makes them
         try:
-            strokes = [read_stroke(atom) for atom in event.value]
-            self.session.paint(layer, [(tuple(i[a] for a in self.session.image.axes), *v) for i, *v in strokes])
+            self.session.paint(layer, strokes)
         except MicroSamError as error:
             self.session.events.message.emit("warning", f"The stroke was taken back: {error}")
-            self._layers[layer].refresh()
+            QTimer.singleShot(0, lambda: self._take_back(layer, strokes))
+
+    def _take_back(self, layer: str, strokes: list[tuple]) -> None:
+        for where, before, _ in reversed(strokes):
+            self.session.labels[layer][where] = before
+        self._layers[layer].refresh()
+
+    def _take_data(self, name: str) -> None:
+        """Someone has given a layer of labels another array: its content is taken over, the array is not."""
+        layer = self._layers[name]
+        if self._busy or self.closed or layer.data is self._arrays[name]:
+            return
+        try:
+            labels = np.asarray(layer.data)
+            self.session.set_labels(name, labels.reshape(self.session.image.shape) if self._fits(labels) else labels)
+        except MicroSamError as error:
+            self.session.events.message.emit("warning", f"The layer '{name}' is as before: {error}")
+        with self._quiet():
+            layer.data = self._arrays[name]
 
     def _read_prompts(self) -> Prompts:
         points, shapes = self._layers[POINTS], self._layers[SHAPES]
@@ -195,46 +251,81 @@ class LayerViews:
 
     # Layers
 
-    def _restore(self, event: Any) -> None:
-        """A layer of the session that was deleted comes back: the session still has its content."""
-        if self._busy or self._closed:
+    def _note_removed(self, event: Any) -> None:
+        """A layer of the session that was deleted comes back, when all that are being deleted are gone."""
+        if self._busy or self.closed or not any(layer is event.value for layer in self):
             return
-        for name, layer in list(self._layers.items()):
-            if layer is event.value and name != TRACKS:
-                self._create(name)
-                if name in (POINTS, SHAPES):
-                    self._show_prompts()
-                self._on_restored(self._layers[name])
-                self.session.events.message.emit(
-                    "info", f"The layer '{name}' belongs to the annotator and was restored. Hide it if it disturbs you."
-                )
+        if event.value is self._layers.get(TRACKS):
+            del self._layers[TRACKS]  # it is shown again when tracks change
+            return
+        self._lost.append((event.index, event.value))
+        QTimer.singleShot(0, self._restore)
+
+    def _restore(self) -> None:
+        lost, self._lost = self._lost, []
+        if not lost or self.closed or not hasattr(self.viewer.window, "_qt_window"):  # the window may be closing
+            return
+        for index, layer in reversed(lost):
+            name = next(name for name, known in self._layers.items() if known is layer)
+            self._create(name)
+            self.viewer.layers.move(len(self.viewer.layers) - 1, index)
+            self._on_restored(self._layers[name])
+        self._show_prompts()
+        self.viewer.layers.selection.active = self._layers[POINTS]
+        names = ", ".join(f"'{layer.name}'" for _, layer in lost)
+        self.session.events.message.emit(
+            "info", f"The annotator needs its layers, so {names} came back. Hide what disturbs you."
+        )
 
     def _create(self, name: str) -> None:
+        before = self._layers.get(name)
         with self._quiet():
             if name in self.viewer.layers:
-                # A layer of the user with this name is never overwritten.
-                self.viewer.layers[name].name = f"{name} (yours)"
+                other = self.viewer.layers[name]
+                if other in _LEFT:
+                    self.viewer.layers.remove(other)
+                else:
+                    # A layer of the user with this name is never overwritten.
+                    other.name = f"{name} (yours)"
             if name in LAYERS:
                 layer = self._create_labels(name)
             else:
                 layer = self._create_points() if name == POINTS else self._create_shapes()
+            if before is not None and name not in LAYERS:
+                layer.feature_defaults = before.feature_defaults
         self._layers[name] = layer
 
+    def _face_image(self) -> None:
+        """Show the plane of an image whose channels are an axis of the viewer; it would show columns and channels."""
+        dims = self.viewer.dims
+        shown = [dims.ndim + axis for axis in self.session.image.axes[-2:]]
+        if dims.ndisplay == 2 and sorted(dims.displayed) != shown:
+            dims.order = (*(axis for axis in dims.order if axis not in shown), *shown)
+
+    def _follow_image(self, event: Any = None) -> None:
+        placement = self._placement()
+        for layer in self:
+            for name in _PLACEMENT:
+                if name in placement:
+                    setattr(layer, name, placement[name])
+
+    def _fits(self, labels: np.ndarray) -> bool:
+        squeezed = [n for n in labels.shape if n != 1]
+        return squeezed == [n for n in self.session.image.shape if n != 1]
+
     def _create_labels(self, name: str) -> Labels:
-        shown = np.expand_dims(self.session.labels[name], tuple(a + self._ndim for a in self._extra))
-        layer = self.viewer.add_labels(shown, name=name, **self._placement())
+        self._arrays[name] = np.expand_dims(self.session.labels[name], tuple(a + self._ndim for a in self._extra))
+        layer = self.viewer.add_labels(self._arrays[name], name=name, **self._placement())
         if name == COMMITTED:
             layer.colormap = label_colormap(seed=0.25)  # ids have other colours than in the layers above
         layer.events.paint.connect(lambda event: self._take_paint(name, event))
+        layer.events.data.connect(lambda event: self._take_data(name))
         return layer
 
     def _create_points(self) -> Points:
         tracking = self.session.mode == "tracking"
-        choices = {"label": list(LABEL_COLORS)}
-        if tracking:
-            choices |= {"state": list(STATE_COLORS), "track_id": ["1"]}
         layer = self.viewer.add_points(
-            ndim=self._ndim, name=POINTS, property_choices=choices, size=12, symbol="disc",
+            ndim=self._ndim, name=POINTS, property_choices=self._choices, size=12, symbol="disc",
             border_color="label", border_color_cycle=list(LABEL_COLORS.values()),
             border_width=0.4 if tracking else 0.5, border_width_is_relative=True,
             **({"face_color": "state", "face_color_cycle": list(STATE_COLORS.values())} if tracking
@@ -244,7 +335,7 @@ class LayerViews:
         layer.border_color_mode = "cycle"
         if tracking:
             layer.face_color_mode = "cycle"
-        layer.feature_defaults = {name: values[0] for name, values in choices.items()}
+        layer.feature_defaults = {name: values[0] for name, values in self._choices.items()}
         layer.mode = "add"
         for event in (layer.events.data, layer.events.features):
             event.connect(self._take_prompts)
@@ -264,9 +355,20 @@ class LayerViews:
             event.connect(self._take_prompts)
         return layer
 
+    @property
+    def _choices(self) -> dict[str, list[str]]:
+        """What is known of each point, and the values that it may have."""
+        tracks = {"state": list(STATE_COLORS), "track_id": ["1"]} if self.session.mode == "tracking" else {}
+        return {"label": list(LABEL_COLORS), **tracks}
+
     def _placement(self) -> dict[str, Any]:
         image, n = self.image_layer, self._ndim
-        placement = {"scale": image.scale[-n:], "translate": image.translate[-n:]}
+        placement = {
+            "scale": image.scale[-n:], "translate": image.translate[-n:], "rotate": image.rotate[-n:, -n:],
+            "affine": image.affine.affine_matrix[-n - 1:, -n - 1:],
+        }
+        if n == image.ndim:
+            placement["shear"] = image.shear
         if getattr(image, "units", None) is not None:
             placement["units"] = image.units[-n:]
         return placement

@@ -171,8 +171,10 @@ class EmbeddingPanel(QWidget):
     # Images
 
     def _image_layers(self) -> list[Any]:
+        if self.viewer is None:
+            return []
         from napari.layers import Image
-        return [] if self.viewer is None else [layer for layer in self.viewer.layers if isinstance(layer, Image)]
+        return [layer for layer in self.viewer.layers if isinstance(layer, Image)]
 
     def refresh_layers(self, *_: Any) -> None:
         """Offer the image layers that there are now; the chosen one stays if it is still there."""

@@ -27,7 +27,7 @@ from .form import SPACING, button
 
 logger = logging.getLogger(__name__)
 
-COLOURS = {"info": "#8d939c", "success": "#4caf50", "warning": "#ffb300", "error": "#ff6b60"}
+COLOURS = {"info": "#80868f", "success": "#4caf50", "warning": "#ffb300", "error": "#e5484d"}
 _NOTIFY = {"info": show_info, "success": show_info, "warning": show_warning, "error": show_error}
 HISTORY = 20
 _LOG_BYTES = 1_000_000
