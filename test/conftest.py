@@ -110,6 +110,8 @@ def rgb_image() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _own_cache_directory(tmp_path_factory, monkeypatch):
-    """Tests never touch the user's cache directory."""
+    """Tests never touch the user's cache directory and settings."""
     monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    file = tmp_path_factory.getbasetemp() / "no" / "settings.json"
+    monkeypatch.setattr("micro_sam.core.settings.user_settings_file", lambda: file)
     monkeypatch.delenv("MICROSAM_MODELS", raising=False)

@@ -1,9 +1,12 @@
 """The object classifier in a real viewer: layers, painting, training in a worker, files, series; needs a screen."""
 
+import os
+
 import numpy as np
 import pytest
 import tifffile
 
+QApplication = pytest.importorskip("qtpy.QtWidgets").QApplication
 pytestmark = [pytest.mark.gui, pytest.mark.filterwarnings("ignore")]
 
 
@@ -18,9 +21,6 @@ def viewer():
 
 def shot(viewer, name):
     """A picture of the window, for people; only if a folder is given."""
-    import os
-
-    from qtpy.QtWidgets import QApplication
     QApplication.processEvents()
     if folder := os.environ.get("MICROSAM_SHOTS"):
         import imageio.v3 as imageio
@@ -43,7 +43,7 @@ def stroke(widget, object_id, class_id):
 
 def embed(widget):
     widget.embedding_panel.compute.click()
-    assert widget.runner.wait(300)
+    assert widget.runner.wait(200)
     assert widget.session.embeddings is not None, widget.notices.history
 
 
@@ -77,7 +77,7 @@ def test_from_the_menu_to_classes(viewer, loader, cells_image, cells_labels, tmp
     widget.classes.names[1].setText("round")
     widget.classes.names[1].editingFinished.emit()
     widget.train.click()
-    assert widget.runner.wait(200)
+    assert widget.runner.wait(100)
     assert set(np.unique(prediction.data)) <= {0, 1, 2}
     np.testing.assert_array_equal(prediction.data > 0, np.isin(cells_labels, widget.session.prediction.ids))
     assert f"{len(ids)} objects: " in widget.notices.history[-1].text
@@ -87,8 +87,13 @@ def test_from_the_menu_to_classes(viewer, loader, cells_image, cells_labels, tmp
     path = widget.export_to(tmp_path / "mine.npz")
     assert path.is_file()
     viewer.layers.remove(annotations)
-    assert widget.layers["annotations"].data is widget.session.annotations, "the strokes come back"
+    QApplication.processEvents()
+    assert widget.layers["annotations"] in viewer.layers, "the strokes come back"
+    assert widget.layers["annotations"].data is widget.session.annotations
     assert widget.session.has_strokes
+    viewer.layers.clear()
+    QApplication.processEvents()
+    assert len(viewer.layers) == 0, "but not when everything is cleared"
 
 
 def test_another_segmentation_keeps_the_strokes_and_forgets_the_prediction(viewer, loader, cells_image, cells_labels):
@@ -100,13 +105,13 @@ def test_another_segmentation_keeps_the_strokes_and_forgets_the_prediction(viewe
     embed(widget)
     stroke(widget, int(cells_labels.max()), 1)
     widget.train.click()
-    assert widget.runner.wait(200)
+    assert widget.runner.wait(100)
     other = viewer.add_labels(np.where(cells_labels > 0, cells_labels.astype(int) + 100, 0), name="others")
     widget.segmentation.setCurrentIndex(widget.segmentation.findText("others"))
     assert widget.session.segmentation is other.data
     assert not widget.layers["prediction"].data.any()
     widget.train.click()
-    assert widget.runner.wait(200)
+    assert widget.runner.wait(100)
     assert min(widget.session.prediction.ids) > 100
     viewer.add_image(cells_image[:50], name="small")
     widget.embedding_panel.image.setCurrentIndex(widget.embedding_panel.image.findText("small"))
@@ -132,7 +137,7 @@ def test_files_that_could_run_code_are_asked_about(viewer, loader, cells_image, 
     question = widget.question.itemAt(0).widget()
     shot(viewer, "classifier_question")
     next(b for b in question.findChildren(QPushButton) if b.text() == "Load").click()
-    assert widget.runner.wait(200)
+    assert widget.runner.wait(100)
     assert set(widget.session.prediction.classes) <= {4, 5}
     widget.load_from(tmp_path / "missing.npz")
     assert "no file" in widget.notices.history[-1].text
@@ -168,7 +173,7 @@ def test_a_series_with_keys(viewer, loader, tiny_predictor, cells_image, cells_l
     widget = SeriesClassifier(viewer, series, model_loader=loader)
     viewer.window.add_dock_widget(widget, area="right")
     widget.begin_series(embedding_request("vit_t_lite", None, "cpu", None, None))
-    assert widget.runner.wait(300)
+    assert widget.runner.wait(200)
     assert not widget.back.isEnabled()
     ids = [int(i) for i in np.unique(cells_labels)[1:]]
     stroke(widget, ids[0], 1)
@@ -176,19 +181,19 @@ def test_a_series_with_keys(viewer, loader, tiny_predictor, cells_image, cells_l
     for owner in (viewer, widget.layers["annotations"]):
         assert owner.keymap.get("N") or any(str(key) == "N" for key in owner.keymap), "N works in any layer"
     widget.next.click()
-    assert widget.runner.wait(300)
+    assert widget.runner.wait(200)
     assert series.index == 1
     assert widget.session.prediction is not None, "the classifier of the first image is used for the second at once"
     assert [layer.name for layer in viewer.layers] == ["image", "segmentation", "prediction", "annotations"]
     assert viewer.layers["image"].rgb
     shot(viewer, "classifier_series")
     widget.next.click()
-    assert widget.runner.wait(300)
+    assert widget.runner.wait(200)
     assert widget.question.count() == 1
     for i in range(2):
         assert tifffile.imread(tmp_path / f"prediction_{i}.tif").any()
     assert len(np.load(tmp_path / "labels.npy")) == 2
     widget.go(-1)
-    assert widget.runner.wait(300)
+    assert widget.runner.wait(200)
     assert widget.session.has_strokes
     assert series.index == 0

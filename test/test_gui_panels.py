@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from micro_sam.core.errors import InvalidInputError
-from micro_sam.embeddings.cache import auto_cache_directory
+from micro_sam.embeddings.cache import auto_cache_directory, auto_cache_limit
 from micro_sam.models import registry
 
 pytest.importorskip("napari")
@@ -568,15 +568,15 @@ def test_important_messages_are_notifications_of_napari(notices):
 @pytest.fixture
 def own_settings(monkeypatch, tmp_path):
     """Settings of a user who has none."""
-    from micro_sam.sam_annotator import settings_widget
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(settings_widget, "user_settings_file", lambda: tmp_path / "config" / "settings.json")
-    return settings_widget
+    from micro_sam.core import settings
+    monkeypatch.setattr(settings, "user_settings_file", lambda: tmp_path / "config" / "settings.json")
+    return settings
 
 
 @pytest.fixture
 def settings(app, own_settings):
-    widget = own_settings.settings_widget()
+    from micro_sam.sam_annotator.settings_widget import settings_widget
+    widget = settings_widget()
     widget.show()
     assert widget.runner.wait()
     yield widget
@@ -591,6 +591,7 @@ def test_settings_are_kept_for_the_next_start(settings, own_settings, tmp_path):
     settings.update_button.click()
     settings.runner.wait()
     assert json.loads(own_settings.user_settings_file().read_text()) == {"embedding_cache_gb": 7.5}
+    assert auto_cache_limit() == int(7.5e9)
     own_settings.write_user_settings(cache_directory="/data")
     assert own_settings.read_user_settings() == {"embedding_cache_gb": 7.5, "cache_directory": "/data"}
     own_settings.write_user_settings(cache_directory=None)
@@ -600,9 +601,12 @@ def test_settings_are_kept_for_the_next_start(settings, own_settings, tmp_path):
 
 
 def test_a_folder_that_cannot_be_used_is_refused(app, own_settings, monkeypatch, tmp_path):
+    from micro_sam.core.settings import get_cache_directory
+    from micro_sam.sam_annotator.settings_widget import settings_widget
+
     monkeypatch.delenv("MICROSAM_CACHEDIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    widget = own_settings.settings_widget()
+    widget = settings_widget()
     assert widget.folder.isEnabled()
     assert widget.folder.path == tmp_path / "micro_sam"
     file = tmp_path / "file"
@@ -614,6 +618,10 @@ def test_a_folder_that_cannot_be_used_is_refused(app, own_settings, monkeypatch,
     widget.folder.path = tmp_path / "new"
     assert widget.update_settings()
     assert own_settings.read_user_settings()["cache_directory"] == str(tmp_path / "new")
+    assert get_cache_directory() == widget.folder.path == tmp_path / "new"
+    assert "stay in" in widget.notice.history[-1].text
+    monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path / "environment"))
+    assert get_cache_directory() == tmp_path / "environment"
     widget.runner.close()
 
 

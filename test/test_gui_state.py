@@ -255,12 +255,12 @@ def test_embedding_widget(qapp, tmp_path, cells_image, tiny_checkpoint):
     state = AnnotatorState()
     assert state.predictor is not None
     assert set(state.image_embeddings) >= {"features", "input_size", "original_size"}
-    assert {".zattrs", ".zgroup", "features"} <= set(os.listdir(path))
+    assert {"zarr.json", "features"} <= set(os.listdir(path))
     stored = zarr.open_group(path, mode="r")
     assert stored["features"].shape == (1, 256, 16, 16)
     assert tuple(stored.attrs["original_size"]) == cells_image.shape
     assert stored.attrs["data_signature"] == state.data_signature
-    widget.embeddings_save_path = tmp_path / "embeddings" / ".zattrs"
+    widget.embeddings_save_path = path / "zarr.json"
     with pytest.raises(InvalidInputError, match="is a file"):
         widget()
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.errors import InvalidInputError, require_positive_int
 from ..core.progress import Step, Steps
-from ..embeddings.encode import _resolve as resolve_path
+from ..embeddings.encode import resolve_path
 from ..embeddings.encode import compute_embeddings_batched, embedding_steps
 from ..embeddings.features import ImageEmbeddings
 from ..embeddings.memory import MemorySink, feature_shape

@@ -347,6 +347,14 @@ class AnnotationSession:
         self._write(lambda journal: journal.note({"model": dict(description)}))
         self.events.model.emit()
 
+    def note_scores(self, scores: Mapping[int, Sequence[float | None]]) -> None:
+        """Keep scores of committed objects that the model was asked for; this is no action to be undone."""
+        known = set(self.objects.ids)
+        added = {f"score/{i}": list(s) for i, s in scores.items() if i in known}
+        self._state.update(added)
+        self._write(lambda journal: journal.note({"scores": added}))
+        self.events.labels.emit(COMMITTED, None)
+
     def require_model(self) -> None:
         """Raise `NotInitializedError` unless there are a model and embeddings."""
         if self.model is None or self.embeddings is None:
@@ -364,8 +372,9 @@ class AnnotationSession:
                 self._step(self._done, self._undone, reverse=True)
             elif isinstance(record, Redo):
                 self._step(self._undone, self._done, reverse=False)
-            elif "settings" in record:
-                self._state["settings"] = record["settings"]
+            else:
+                self._state.update(record.get("scores", {}))
+                self._state.update({k: record[k] for k in ("settings",) if k in record})
 
     # The one way in which anything changes
 

@@ -21,7 +21,7 @@ from .automatic import AutomaticSource, AutoSettings, advice
 from .batches import batch_state, confidence_state, confidence_with, show_in_plane, split_objects
 from .embedding_source import EmbeddingSource
 from .prompts import PromptRefusal, Prompts, plan_prompts
-from .review import mean_score, measure_steps
+from .review import mean_score, measure_steps, score_labels_steps
 from .segment import ObjectResult, segment_plane_steps
 from .session import AUTO, COMMITTED, CURRENT, AnnotationSession
 from .task import Task
@@ -62,22 +62,26 @@ def open_model(
         decoder_path: Weights of the segmentation decoder alone.
         prepare_automatic: Whether to compute the embeddings of all planes now, and to prepare automatic segmentation.
     """
-    from ..segmentation.workflow import default_model, load_model, resolve_model
-
-    name = resolve_model(model_type, checkpoint) if model_type or checkpoint else default_model()
-
     device = None if device == "auto" else device
-    text = f"Load model {name or Path(checkpoint).name}"
+    text = f"Load model {model_type or Path(checkpoint or 'by default').name}"
     options = {} if decoder_path is None else {"decoder_path": decoder_path}
 
     def steps() -> Steps[Any]:
         yield Step(0, 1, text)
+        # Imported here, as it loads torch, which takes a while.
+        from ..segmentation.workflow import default_model, load_model, resolve_model
+        name = resolve_model(model_type, checkpoint) if model_type or checkpoint else default_model()
         model = (load or load_model)(name, checkpoint, device, mode, **options)
         yield Step(1, 1, text)
         if embeddings is not None:
             source = EmbeddingSource.from_embeddings(model, session.image, embeddings)
         else:
-            source = EmbeddingSource(model, session.image, save_path=save_path, tile_shape=tile_shape, halo=halo)
+            # One contrast for all tiles leaves no seams; stores of other commands have one for each tile.
+            normalization = "image" if tile_shape is not None and save_path == "auto" else "tile"
+            source = EmbeddingSource(
+                model, session.image, save_path=save_path, tile_shape=tile_shape, halo=halo,
+                normalization=normalization,
+            )
         if session.n_planes is None or prepare_automatic:
             yield from source.prepare_steps()
         else:
@@ -277,6 +281,32 @@ def auto_track(session: AnnotationSession, settings: AutoSettings) -> Task[Any, 
         return _show_automatic(session, runs, "automatic tracking", settings, {}, {"auto_parents": parents})
 
     return Task("Track all objects", steps, apply)
+
+
+def score(session: AnnotationSession) -> Task[dict[int, Any], int]:
+    """Ask the model how sure it is of the committed objects that have no score, each in its middle plane."""
+    session.require_model()
+    objects, source, predictor = session.objects, session.embeddings, own_predictor(session)
+    unknown = sorted(set(objects.ids) - set(session.scores()))
+    by_plane: dict[int | None, list[int]] = {}
+    for i in unknown:
+        planes = objects.planes(i)
+        by_plane.setdefault(None if session.n_planes is None else planes[len(planes) // 2], []).append(i)
+    labels = session.labels[COMMITTED]
+
+    def steps() -> Steps[dict[int, Any]]:
+        found = {}
+        for plane, ids in sorted(by_plane.items(), key=lambda item: item[0] or 0):
+            image_embeddings, i = yield from source.plane_steps(plane)
+            here = labels if plane is None else labels[plane]
+            found |= yield from score_labels_steps(predictor, image_embeddings, here, i, ids=ids)
+        return found
+
+    def apply(found: dict[int, Any]) -> int:
+        session.note_scores({i: tuple(s) for i, s in found.items()})
+        return len(found)
+
+    return Task("Score objects", steps, apply)
 
 
 def measure(session: AnnotationSession) -> Task[Any, Any]:

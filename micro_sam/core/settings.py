@@ -1,11 +1,13 @@
-"""Cache directory and compute device. The environment is read at each call, never at import."""
+"""Cache directory and compute device. Environment and settings of the user are read at each call, never at import."""
 
+import json
 import os
+import secrets
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import DeviceError
+from .errors import DeviceError, OutputWriteError
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +24,53 @@ def _os_cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / APP_NAME
 
 
+def user_settings_file() -> Path:
+    """Return the file with the settings that users have chosen; it need not exist."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / APP_NAME
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").expanduser()
+    return base / APP_NAME / "settings.json"
+
+
+def read_user_settings() -> dict[str, Any]:
+    """Return what users have chosen: `cache_directory` and `embedding_cache_gb`, as far as they are set.
+
+    A file that is damaged counts as empty.
+    """
+    try:
+        content = json.loads(user_settings_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_user_settings(**values: Any) -> None:
+    """Keep settings, also for the next start; None removes one.
+
+    Raises:
+        OutputWriteError: If the file cannot be written.
+    """
+    content = {k: v for k, v in {**read_user_settings(), **values}.items() if v is not None}
+    path = user_settings_file()
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise OutputWriteError(f"The settings {path} cannot be written: {error}. Check the permissions.") from error
+
+
 def get_cache_directory() -> Path:
     """Return the directory for models, sample data and automatic embedding caches (not created here).
 
-    It is `$MICROSAM_CACHEDIR` (with `~` expanded; empty counts as unset) or the cache folder of the system.
+    It is `$MICROSAM_CACHEDIR` (with `~` expanded; empty counts as unset), what the user has chosen in the settings
+    panel, or the cache folder of the system.
     """
-    custom = os.environ.get("MICROSAM_CACHEDIR")
+    custom = os.environ.get("MICROSAM_CACHEDIR") or read_user_settings().get("cache_directory")
     return Path(custom).expanduser() if custom else _os_cache_directory()
 
 

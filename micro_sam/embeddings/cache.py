@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InvalidInputError
-from ..core.settings import get_cache_directory
+from ..core.settings import get_cache_directory, read_user_settings
 from .lock import is_locked
 from .store import lock_path
 
@@ -33,15 +33,15 @@ def auto_cache_path(key: dict[str, Any]) -> Path:
 
 
 def auto_cache_limit() -> int:
-    """Return the size cap in bytes, from `MICROSAM_EMBEDDING_CACHE_GB` (10^9 bytes; default 20).
+    """Return the size cap in bytes: from `MICROSAM_EMBEDDING_CACHE_GB` (10^9 bytes), the user's settings, or 20 GB.
 
     Raises:
         InvalidInputError: If the variable is not a number of at least 0.
     """
-    value = os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE_GB
+    value = os.environ.get(SIZE_VARIABLE) or read_user_settings().get("embedding_cache_gb", DEFAULT_SIZE_GB)
     try:
         size = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         size = -1.0
     if not size >= 0:
         raise InvalidInputError(f"{SIZE_VARIABLE} must be a number of gigabytes (0 or more), but is {value!r}.")

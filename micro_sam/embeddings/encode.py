@@ -122,7 +122,7 @@ def embedding_steps(
             plan, model_identity(predictor), DataSignature(input_, data_signature), normalization,
             feature_shape(predictor),
         )
-        path, is_auto = _resolve(save_path, signature, dtype)
+        path, is_auto = resolve_path(save_path, signature, dtype)
         cache = _cached(path, signature, dtype, overwrite)
         if cache is not None:
             yield from _report_done(plan)
@@ -149,7 +149,7 @@ def embedding_steps(
     return embeddings
 
 
-def _resolve(save_path: str | os.PathLike, signature: Signature, dtype: str | None) -> tuple[Path, bool]:
+def resolve_path(save_path: str | os.PathLike, signature: Signature, dtype: str | None) -> tuple[Path, bool]:
     if save_path != "auto":
         return Path(save_path).expanduser(), False
     # The model's name and the version of the package do not matter.

@@ -23,6 +23,7 @@ from ..annotation.tracks import TrackSettings
 from ..annotation.volume import VolumeSettings
 from ..core.errors import MicroSamError
 from . import form as forms
+from .confidence_strip import ConfidenceView
 from .help_overlay import HelpOverlay, canvas_of
 from .jobs import JobRunner
 from .keys import KeyBindings, bind
@@ -32,6 +33,7 @@ from .notices import NoticeLine
 from .objects_panel import ObjectsPanel
 from .panels import AutoPanel, ClearPanel, CommitPanel, PromptPanel, Question, SegmentPanel
 from .progress_view import ProgressView
+from .tracks_panel import TracksPanel
 
 LIVE_DELAY_MS = 30
 _ACTIVE: list["Annotator"] = []
@@ -132,16 +134,22 @@ class Annotator(QWidget):
         self.clear_panel.redo.clicked.connect(self.redo)
         self.clear_panel.save.clicked.connect(self.save)
         self.objects_panel = ObjectsPanel(self)
+        self.followers: list[QWidget] = []
         if self.mode != "2d":
+            self.confidence = ConfidenceView(self)
+            self.segment_panel.body.addWidget(self.confidence)
+            self.followers.append(self.confidence)
             self.segment_panel.segment_all.clicked.connect(self.segment_all)
         if self.mode == "tracking":
+            self.tracks_panel = TracksPanel(self)
+            self.followers.append(self.tracks_panel)
             self.prompt_panel.state_changed.connect(lambda state: self.views and self.views.choose_state(state))
             self.prompt_panel.track_changed.connect(
                 lambda track: self.attempt(lambda: self.session.select_track(track))
             )
         return [
             self.embedding_panel, self.prompt_panel, self.segment_panel, self.auto_panel, self.commit_panel,
-            self.clear_panel, self.objects_panel,
+            self.clear_panel, *([self.tracks_panel] if self.mode == "tracking" else []), self.objects_panel,
         ]
 
     @property
@@ -228,6 +236,8 @@ class Annotator(QWidget):
         session.events.history.connect(self._show_history)
         session.events.state.connect(self._show_state)
         session.events.labels.connect(self.objects_panel.refresh_later)
+        for widget in self.followers:
+            widget.follow(session)
         self.viewer.layers.selection.active = self.views[POINTS]
         if self.mode == "tracking":
             self.viewer.dims.set_current_step(0, 0)
@@ -369,6 +379,10 @@ class Annotator(QWidget):
     def measure(self, on_done: Callable[[Any], None]) -> None:
         """Measure the committed objects in the background."""
         self._start(lambda: tasks.measure(self.session), "measure", on_done)
+
+    def score(self, on_done: Callable[[Any], None]) -> None:
+        """Ask the model how sure it is of the objects that have no score yet."""
+        self._start(lambda: tasks.score(self.session), "score", on_done)
 
     def report(self, error: BaseException) -> None:
         """Show an error: what is wrong and what to do."""

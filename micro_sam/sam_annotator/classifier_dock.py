@@ -64,11 +64,14 @@ class ObjectClassifier(QWidget):
         self._count_timer = QTimer(self)
         self._count_timer.setSingleShot(True)
         self._count_timer.setInterval(_COUNT_AFTER_MS)
-        self._count_timer.timeout.connect(self._show_classes)
+        self._count_timer.timeout.connect(self._recount)
+        self._restore_timer = QTimer(self)
+        self._restore_timer.setSingleShot(True)
+        self._restore_timer.timeout.connect(self._restore)
         self.session.events.classes.connect(self._show_classes)
         self.session.events.prediction.connect(self._show_prediction)
         self.session.events.embeddings.connect(self._show_state)
-        viewer.layers.events.removed.connect(self._restore)
+        viewer.layers.events.removed.connect(self._restore_later)
         self._begin_first()
 
     def _begin_first(self) -> None:
@@ -190,12 +193,12 @@ class ObjectClassifier(QWidget):
         except MicroSamError as error:
             self.notices.warning(str(error))
             return
-        self._image_layer = image
         self.notices.clear()
         self._make_layers(image, labels)
 
     def _make_layers(self, image: Any, labels: Any) -> None:
         """Show the strokes and the prediction of the session, where the image is, and the objects as outlines."""
+        self._image_layer = image
         self._is_making = True
         try:
             self._remove_layers()
@@ -231,21 +234,25 @@ class ObjectClassifier(QWidget):
             event.connect(self._count_later)
         self.viewer.layers.selection.active = layer
 
-    def _restore(self, event: Any) -> None:
-        """The strokes belong to the session: a layer that is deleted comes back."""
-        name = next((n for n, layer in self.layers.items() if layer is event.value), None)
-        if name is None:
+    def _restore_later(self, event: Any) -> None:
+        # Not at once: a viewer that is closed or cleared removes layers until there are none.
+        if any(layer is event.value for layer in self.layers.values()):
+            self._restore_timer.start()
+
+    def _restore(self) -> None:
+        """The strokes belong to the session: a layer that is deleted comes back, unless the image is gone too."""
+        if self._image_layer not in self.viewer.layers:
             return
-        old = self.layers.pop(name)
-        self._is_making = True
-        data = self.session.annotations if name == ANNOTATIONS else old.data
-        self.layers[name] = self.viewer.add_labels(
-            data, name=name, scale=old.scale, translate=old.translate, opacity=old.opacity, colormap=old.colormap
-        )
-        self._is_making = False
-        if name == ANNOTATIONS:
-            self._arrange_annotations()
-            self.notices.info("The annotations are needed. Erase strokes with the eraser of the layer.")
+        for name in [name for name, layer in self.layers.items() if layer not in self.viewer.layers]:
+            layer = self.layers[name]
+            self._is_making = True
+            try:
+                self.viewer.add_layer(layer)
+            finally:
+                self._is_making = False
+            if name == ANNOTATIONS:
+                self.viewer.layers.selection.active = layer
+                self.notices.info("The annotations are needed. Erase strokes with the eraser of the layer.")
 
     # Buttons
 
@@ -351,10 +358,13 @@ class ObjectClassifier(QWidget):
         if self.session.annotations.size <= _MAX_COUNTED:
             self._count_timer.start()
 
+    def _recount(self) -> None:
+        self._take_strokes()
+        self._show_classes()
+
     def _show_classes(self, *_: Any) -> None:
         if self.session.annotations is None:
             return
-        self._take_strokes()
         layer = self.layers.get(ANNOTATIONS)
         self.classes.show_classes(self.session.classes(), 1 if layer is None else layer.selected_label)
         self._show_state()

@@ -13,7 +13,7 @@ from ..annotation.review import Score, rank
 from . import form as forms
 from .navigation import go_to
 
-# Red to green; the middle is lighter than both ends, and the height of a bar tells the same to those who see no colours.
+# Red to green. The height of a bar tells the same, to those who cannot tell red from green.
 COLOURS = ((215, 48, 39), (254, 196, 79), (49, 163, 84))
 DOUBTFUL, SURE = 0.5, 0.95  # what is shown quite red and quite green
 PROMPTED = "#4fb3ff"

@@ -3,10 +3,12 @@
 The threads touch no Qt object: they leave steps and results with their job, and a timer looks for them there.
 """
 
+import atexit
 import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +25,17 @@ logger = logging.getLogger(__name__)
 POLL_MS = 15
 REPORT_SECONDS = 0.05  # between two reports of the progress of one job
 CLOSE_SECONDS = 3.0
+EXIT_SECONDS = 30.0
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+
+
+@atexit.register
+def _wait_for_threads() -> None:
+    """A thread that is inside torch when the interpreter ends would abort the program."""
+    end = time.monotonic() + EXIT_SECONDS
+    for thread in list(_threads):
+        thread.join(max(end - time.monotonic(), 0))
+
 
 
 class _Stopped(Exception):
@@ -273,7 +286,9 @@ class JobRunner(QObject):
         self._callbacks[job] = (on_done, on_error)
         self._reported[job] = (0.0, None)
         # Daemons, so that a step that never returns cannot keep the program from ending.
-        threading.Thread(target=job.work, name=f"micro_sam: {task.text}", daemon=True).start()
+        thread = threading.Thread(target=job.work, name=f"micro_sam: {task.text}", daemon=True)
+        _threads.add(thread)
+        thread.start()
         self._timer.start()
         self.started.emit(job)
         return job

@@ -115,7 +115,7 @@ class ObjectsPanel(Panel):
         ids = objects.ids
         table = pd.DataFrame({
             "id": np.array(ids, dtype=np.int64), "size": np.array([objects.area(i) for i in ids], dtype=np.int64),
-            "confidence": np.array([min(scores[i]) if i in scores else np.nan for i in ids], dtype=float),
+            "confidence": np.array([_confidence(scores.get(i)) for i in ids], dtype=float),
         })
         if self._measured is not None:
             table = table.merge(self._measured, on="id", how="left")
@@ -156,6 +156,13 @@ class ObjectsPanel(Panel):
         session = self.annotator.session
         if session is None or not session.objects.ids:
             return
+        if set(session.objects.ids) - set(session.scores()) and session.embeddings is not None:
+            self.annotator.score(lambda _: self._go_to_worst())
+        else:
+            self._go_to_worst()
+
+    def _go_to_worst(self) -> None:
+        session = self.annotator.session
         scores = {i: review.Score(*s) for i, s in session.scores().items()}
         ranked = review.rank(scores, session.objects.ids)
         left = [i for i in ranked if i not in self._seen]
@@ -211,3 +218,8 @@ class ObjectsPanel(Panel):
                 self.show(ids[0])
             finally:
                 self._busy = False
+
+
+def _confidence(score: tuple[float | None, float | None] | None) -> float:
+    confidence = None if score is None else review.Score(*score).confidence
+    return float("nan") if confidence is None else confidence

@@ -20,6 +20,7 @@ from ..core.errors import MicroSamError
 from ..core.progress import Step
 from . import form as forms
 from .annotator import Annotator
+from .jobs import JobRunner
 from .layers import IMAGE
 from .panels import Question
 
@@ -43,6 +44,7 @@ class SeriesDock(QWidget):
         super().__init__()
         self.annotator, self.series, self._model = annotator, series, dict(model)
         self._model["prepare_automatic"] = prepare_automatic
+        self._reader = JobRunner(self)
         self._loaded: Any = None
         self._question: Question | None = None
         self.entry: SeriesEntry | None = None
@@ -105,14 +107,14 @@ class SeriesDock(QWidget):
         self.annotator.notices.info("This was the last image.")
         return False
 
-    def save(self, then: Callable[[], None] = lambda: None) -> None:
+    def save(self, then: Callable[[], None] = lambda: None, *, overwrite: bool = False) -> None:
         """Write the committed objects of this image in the background, then do something else."""
         entry, session = self.entry, self.annotator.session
         labels = session.labels[COMMITTED].copy()
 
         def steps():
             yield Step(0, 1, f"Save {entry.name}")
-            done = self.series.finish(entry, labels)
+            done = self.series.finish(entry, labels, overwrite=overwrite)
             yield Step(1, 1, f"Save {entry.name}")
             return done
 
@@ -131,21 +133,24 @@ class SeriesDock(QWidget):
         if self.entry is None or self._question is not None:
             return
         session = self.annotator.session
-        if session.objects.ids or self.entry.status == "done":
+        questions = {q.code: q.text for q in self.series.questions(self.entry, session.labels[COMMITTED])}
+        if "replace" in questions:
+            self._ask(questions["replace"], "Replace it", find)
+        elif "empty" not in questions or self.entry.status == "done":
             self.save(partial(self._go, find))
-        elif session.layer_editor("current_object").ids or session.layer_editor("auto_segmentation").ids:
-            self._ask(f"Nothing of '{self.entry.name}' is committed, but something is segmented.", find)
         else:
-            self._ask(f"There are no objects in '{self.entry.name}'.", find)
+            more = any(session.layer_editor(layer).ids for layer in ("current_object", "auto_segmentation"))
+            text = " What is segmented was not committed." if more else ""
+            self._ask(questions["empty"] + text, "Save as empty", find)
 
-    def _ask(self, text: str, find: Callable[[], SeriesEntry | None]) -> None:
-        question = self._question = Question(text, ("Save as empty", "Skip", "Stay"))
+    def _ask(self, text: str, save: str, find: Callable[[], SeriesEntry | None]) -> None:
+        question = self._question = Question(text, (save, "Skip", "Stay"))
 
         def answer(choice: str) -> None:
             question.setParent(None)
             self._question = None
-            if choice == "Save as empty":
-                self.save(partial(self._go, find))
+            if choice == save:
+                self.save(partial(self._go, find), overwrite=True)
             elif choice == "Skip":
                 self._go(find)
 
@@ -249,9 +254,8 @@ class SeriesDock(QWidget):
                 if picture is not None:
                     self.list.item(row).setIcon(_icon(picture))
 
-        self.annotator.runner.start(
-            Task("Read thumbnails", steps, apply, uses_model=False), key="thumbnails", background=True
-        )
+        # A runner of its own: going to another image cancels the jobs of the annotator.
+        self._reader.start(Task("Read thumbnails", steps, apply, uses_model=False))
 
 
 def _icon(picture: np.ndarray) -> QIcon:

@@ -1,18 +1,14 @@
 """The settings panel: where models and embeddings are kept, and how much of them."""
 
-import json
 import os
-import secrets
-import sys
 from pathlib import Path
-from typing import Any
 
 from qtpy.QtWidgets import QHBoxLayout, QVBoxLayout, QWidget
 
 from ..annotation.task import Task
 from ..core.errors import MicroSamError, OutputWriteError
 from ..core.progress import Step, Steps
-from ..core.settings import APP_NAME, get_cache_directory
+from ..core.settings import get_cache_directory, write_user_settings
 from ..embeddings.cache import SIZE_VARIABLE, auto_cache_directory, auto_cache_limit, evict, folder_size
 from .form import PathRow, add_row, button, form, hint, number, readable_size
 from .jobs import JobRunner
@@ -24,46 +20,6 @@ CACHE_VARIABLE = "MICROSAM_CACHEDIR"
 
 def _tip(name: str) -> str | None:
     return get_tooltip("settings", name)
-
-
-def user_settings_file() -> Path:
-    """Return the file with the settings that users have chosen; it need not exist."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / APP_NAME
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").expanduser()
-    return base / APP_NAME / "settings.json"
-
-
-def read_user_settings() -> dict[str, Any]:
-    """Return what users have chosen: `cache_directory` and `embedding_cache_gb`, as far as they are set.
-
-    A file that is damaged counts as empty.
-    """
-    try:
-        content = json.loads(user_settings_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_user_settings(**values: Any) -> None:
-    """Keep settings, also for the next start; None removes one.
-
-    Raises:
-        OutputWriteError: If the file cannot be written.
-    """
-    content = {k: v for k, v in {**read_user_settings(), **values}.items() if v is not None}
-    path = user_settings_file()
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        os.replace(new, path)
-    except OSError as error:
-        raise OutputWriteError(f"The settings {path} cannot be written: {error}. Check the permissions.") from error
 
 
 def _measure() -> Task[tuple[int, int], tuple[int, int]]:

@@ -1,6 +1,6 @@
 """The committed tracks as a tree of mothers and daughters, linked with the viewer both ways; edits, import, export."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class TracksPanel(Panel):
         self.tree.header().setSectionResizeMode(0, QHeaderView.ResizeMode.Stretch)
         self.tree.header().setSectionResizeMode(1, QHeaderView.ResizeMode.ResizeToContents)
         self.tree.header().setStretchLastSection(False)
+        self.tree.headerItem().setTextAlignment(1, Qt.AlignmentFlag.AlignRight)
         self.tree.itemSelectionChanged.connect(self._row_selected)
         self.tree.itemDoubleClicked.connect(lambda item, _: self.show_track(item.data(0, _ID), at_start=True))
         self.empty = forms.hint("No committed tracks yet: track objects and commit them, or import a tracking result.")
@@ -83,7 +84,7 @@ class TracksPanel(Panel):
             self.buttons[text] = forms.button(text, tooltip=tip)
             self.buttons[text].clicked.connect(slot)
             grid.addWidget(self.buttons[text], k // 3, k % 3)
-        export = self.buttons["Export"] = forms.button("Export", tooltip="Write the committed tracks with their lineage")
+        export = self.buttons["Export"] = forms.button("Export", tooltip="Write the committed tracks and their lineage")
         menu = QMenu(export)
         menu.addAction("Export CTC…").triggered.connect(self._ask_ctc)
         menu.addAction("Export GEFF…").triggered.connect(self._ask_geff)
@@ -114,6 +115,7 @@ class TracksPanel(Panel):
         session = self.annotator.session
         if session is None or self.annotator.views is None:
             return
+        self._timer.stop()
         self._watch_picks()
         selected, closed = self.selected, {i.data(0, _ID) for i in self._items() if not i.isExpanded()}
         tracks = session.objects.tracks
@@ -161,9 +163,9 @@ class TracksPanel(Panel):
 
     def link(self) -> None:
         """Make the selected tracks daughters of the one that begins first."""
-        mother, *daughters = self._chosen(2, None, "Select the mother and its daughters (Ctrl + click).")
-        for daughter in daughters:
-            self._edit(f"Track {daughter} is a daughter of track {mother}.", "link", mother, daughter)
+        ids = self._chosen(2, None, "Select the mother and its daughters (Ctrl + click).")
+        for daughter in ids[1:]:
+            self._edit(f"Track {daughter} is a daughter of track {ids[0]}.", "link", ids[0], daughter)
 
     def unlink(self) -> None:
         """Take the selected tracks from their mothers."""
@@ -173,31 +175,31 @@ class TracksPanel(Panel):
     def divide(self) -> None:
         """Let the selected track that begins first divide into the others, in the frame that is shown."""
         advice = "Select the mother and at least one daughter (Ctrl + click), in the first frame of the daughters."
-        mother, *daughters = self._chosen(2, None, advice)
-        frame = self._frame()
-        self._edit(f"Track {mother} divides in frame {frame}.", "divide", mother, frame, daughters)
+        ids, frame = self._chosen(2, None, advice), self._frame()
+        if ids:
+            self._edit(f"Track {ids[0]} divides in frame {frame}.", "divide", ids[0], frame, ids[1:])
 
     def split(self) -> None:
         """Cut the selected track in two at the frame that is shown."""
-        (track,) = self._chosen(1, 1, "Select one track, and go to the first frame of its second part.")
-        frame = self._frame()
-        delta = self._edit("", "split", track, frame)
-        if delta is not None:
-            (new,) = delta.created
-            self.annotator.notices.info(f"Track {track} is track {new} from frame {frame} on. Link them if it divides.")
-            self.refresh()
-            self.select([track, new])
+        ids = self._chosen(1, 1, "Select one track, and go to the first frame of its second part.")
+        if not ids:
+            return
+        frame, new = self._frame(), self.annotator.session.objects.next_id
+        if self._edit(f"Track {ids[0]} is track {new} from frame {frame} on.", "split", ids[0], frame) is not None:
+            self.select([ids[0], new])
 
     def swap(self) -> None:
         """Exchange the two selected tracks from the frame that is shown on."""
-        first, second = self._chosen(2, 2, "Select two tracks, and go to the first frame in which they are exchanged.")
-        frame = self._frame()
-        text = f"Tracks {first} and {second} are exchanged from frame {frame} on."
-        self._edit(text, "swap", first, second, frame)
+        ids = self._chosen(2, 2, "Select two tracks, and go to the first frame in which they are exchanged.")
+        if ids:
+            frame = self._frame()
+            self._edit(f"Tracks {ids[0]} and {ids[1]} are exchanged from frame {frame} on.", "swap", *ids, frame)
 
     def merge(self) -> None:
         """Make one track of the selected ones; where they share frames, one object of both."""
         ids = self._chosen(2, None, "Select two or more tracks (Ctrl + click).")
+        if not ids:
+            return
         frames = [f for i in ids for f in self.annotator.session.objects.frames(i)]
         shared = len(frames) - len(set(frames))
         more = f" They shared {shared} frame(s): there it is one object." if shared else ""
@@ -224,7 +226,8 @@ class TracksPanel(Panel):
         had_tracks = bool(self.annotator.session and self.annotator.session.objects.ids)
         more = " They are in the place of the earlier ones; undo brings these back." if had_tracks else ""
         self._start(
-            lambda: track_files.import_tracks(self.annotator.session, path), lambda f: f"Imported {len(f)} tracks.{more}"
+            lambda: track_files.import_tracks(self.annotator.session, path),
+            lambda forest: f"Imported {len(forest)} tracks.{more}",
         )
 
     def _ask_import(self) -> None:
@@ -273,5 +276,52 @@ class TracksPanel(Panel):
             self.annotator.notices.info(text)
         return delta
 
-    def _frame(self) -> int:
-        return self.annotator.views.plane
+    def _chosen(self, minimum: int, maximum: int | None, advice: str) -> list[int]:
+        """The selected tracks; none, with a notice, if they are too few or too many."""
+        ids = self.selected
+        if len(ids) < minimum or maximum is not None and len(ids) > maximum:
+            self.annotator.notices.warning(advice)
+            return []
+        return ids
+
+    def _frame(self) -> int | None:
+        return None if self.annotator.views is None else self.annotator.views.plane
+
+    def _items(self) -> Iterator[QTreeWidgetItem]:
+        found = QTreeWidgetItemIterator(self.tree)
+        while found.value() is not None:
+            yield found.value()
+            found += 1
+
+    def _item(self, track: Track) -> QTreeWidgetItem:
+        frames = f"{track.first} – {track.last}" if track.last > track.first else str(track.first)
+        item = QTreeWidgetItem([str(track.id), frames])
+        item.setData(0, _ID, track.id)
+        item.setTextAlignment(1, Qt.AlignmentFlag.AlignRight)
+        colour = self.annotator.views[COMMITTED].get_color(track.id)
+        if colour is not None:
+            swatch = QPixmap(_SWATCH, _SWATCH)
+            swatch.fill(QColor.fromRgbF(*(float(c) for c in colour[:3])))
+            item.setIcon(0, QIcon(swatch))
+        return item
+
+    def _row_selected(self) -> None:
+        ids = self.selected
+        if len(ids) == 1:
+            self.show_track(ids[0])
+
+    def _watch_picks(self) -> None:
+        """Follow the picker of the layer, also of one that replaces a deleted one."""
+        layer = self.annotator.views[COMMITTED]
+        if layer is not self._watched:
+            layer.events.selected_label.connect(self._picked)
+            self._watched = layer
+
+    def _picked(self, event: Any) -> None:
+        """A track was picked in the viewer."""
+        if self._watched is self.annotator.views[COMMITTED]:
+            self.select([self._watched.selected_label])
+
+
+def _exported(path: Path) -> str:
+    return f"Exported the tracks to {path}."

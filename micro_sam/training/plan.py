@@ -192,7 +192,7 @@ class TrainingStep(Step):
     seconds_left: float | None = None
 
 
-_DESCRIPTION = re.compile(r"Epoch (\d+)/\d+(?:, loss ([\d.einf+-]+))?(?:, metric ([\d.einf+-]+) \(best)?")
+_DESCRIPTION = re.compile(r"Epoch (\d+)/\w+(?:, loss ([\d.einf+-]+))?(?:, metric ([\d.einf+-]+) \(best)?")
 
 
 def parse_description(text: str) -> tuple[int, float | None, float | None] | None:
