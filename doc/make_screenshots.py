@@ -64,10 +64,12 @@ class Stage:
         dock.embedding_panel.set_values(image=layer, model=MODEL)
         dock.compute_embeddings(request)
         self.wait(dock)
+        viewer.reset_view()
         return dock
 
     def wait(self, dock: Any) -> None:
         """Wait until a dock has nothing to do."""
+        spin(0.2)  # what follows a prompt starts a moment later
         assert dock.runner.wait(self.timeout), f"{[job.text for job in dock.runner.jobs]} took too long"
         spin(0.3)
 
@@ -99,7 +101,8 @@ def show_start(stage: Stage) -> Any:
     dock = add_dock(viewer, Annotator2d, layer=layer, model_loader=stage.loader)
     dock.embedding_panel.set_model(MODEL)
     dock.embedding_panel.section.expand(animate=False)
-    spin(0.5)
+    spin(0.2)
+    viewer.reset_view()
     return dock
 
 
@@ -141,26 +144,30 @@ def show_objects(stage: Stage) -> Any:
 
 @scene
 def show_3d(stage: Stage) -> Any:
-    """Several objects of a volume from a point each, in all slices, with the confidence of each slice."""
+    """Several objects of a volume from a box each, in all slices, with the confidence of each slice."""
     from micro_sam.sam_annotator.annotator_3d import Annotator3d
 
     dock = stage.annotator(Annotator3d, "volume")
     plane = len(stage.images["volume"]) // 2
     dock.viewer.dims.set_current_step(0, plane)
+    dock.auto_segment()
+    stage.wait(dock)
+    found = dock.session.labels["auto_segmentation"][plane]
+    boxes = [box_around(found == i, plane) for i in by_size(found)[-5:]]
+    dock.session.undo()
     dock.segment_panel.batched.setChecked(True)
-    for place in free_places(stage, dock, plane)[:4]:
-        click(dock, place, plane)
+    dock.views["prompts"].add_rectangles(boxes)
     stage.wait(dock)
     dock.segment_all()
     stage.wait(dock)
-    dock.viewer.dims.set_current_step(0, plane + 2)
+    dock.commit_panel.layer.setCurrentText("current_object")
     scroll_to(dock, dock.commit_panel)
     return dock
 
 
 @scene
 def show_tracking(stage: Stage) -> Any:
-    """Tracks found automatically, two of them made daughters of another one."""
+    """Tracks found automatically, with their lineage."""
     from micro_sam.sam_annotator.annotator_tracking import AnnotatorTracking
 
     dock = stage.annotator(AnnotatorTracking, "movie")
@@ -216,6 +223,8 @@ def show_classifier(stage: Stage) -> Any:
     viewer.add_labels(labels, name="objects")
     dock = ObjectClassifier(viewer, model_loader=stage.loader)
     viewer.window.add_dock_widget(dock, name=dock.title, area="right")
+    spin(0.2)
+    viewer.reset_view()
     dock.embedding_panel.set_values(image=image, model=MODEL)
     dock.compute_embeddings(EmbeddingRequest(image=image, model=MODEL))
     stage.wait(dock)
@@ -237,22 +246,34 @@ def show_finetuning(stage: Stage) -> Any:
     """The report on data that can be trained on."""
     import tifffile
 
+    from micro_sam.annotation.model_choice import get_entry
+    from micro_sam.sam_annotator.form import select
     from micro_sam.sam_annotator.training_ui import TrainingWidget
 
     viewer = stage.viewer()
-    for name, array in (("images", stage.images["cells"]), ("labels", stage.images["cells_labels"])):
+    cells, labels = stage.images["cells"], stage.images["cells_labels"]
+    viewer.add_image(cells, name="cells_0")
+    viewer.add_labels(labels, name="labels_0")
+    for name, array in (("images", cells), ("labels", labels)):
         (stage.folder / name).mkdir()
         for k in range(4):
             tifffile.imwrite(stage.folder / name / f"cells_{k}.tif", np.rot90(array, k))
     dock = TrainingWidget(viewer)
     viewer.window.add_dock_widget(dock, name=dock.title, area="right")
     stage.wait(dock)
-    dock.fields.images.path, dock.fields.labels.path = stage.folder / "images", stage.folder / "labels"
+    os.chdir(stage.folder)  # paths that tell something
+    dock.fields.images.path, dock.fields.labels.path = "images", "labels"
     dock.fields.image_key.setText("*.tif")
     dock.fields.label_key.setText("*.tif")
     dock.fields.name.setText("my_cells")
+    select(dock.fields.family, get_entry(MODEL).family)
+    dock.fields.family.currentIndexChanged.emit(dock.fields.family.currentIndex())
+    dock.fields.patch.value = (128, 128)
+    dock.fields.n_epochs.setValue(10)
+    viewer.reset_view()
     dock.check_data()
     stage.wait(dock)
+    os.chdir(ROOT)
     return dock
 
 
@@ -262,9 +283,15 @@ def show_settings(stage: Stage) -> Any:
     from micro_sam.sam_annotator.settings_widget import settings_widget
 
     viewer = stage.viewer()
-    dock = settings_widget()
-    viewer.window.add_dock_widget(dock, name="Settings", area="right")
-    stage.wait(dock)
+    hidden = os.environ.pop("MICROSAM_CACHEDIR", None)  # what it says could not be changed in the panel
+    try:
+        dock = settings_widget()
+        viewer.window.add_dock_widget(dock, name="Settings", area="right")
+        stage.wait(dock)
+    finally:
+        if hidden is not None:
+            os.environ["MICROSAM_CACHEDIR"] = hidden
+    dock.folder.path = "~/.cache/micro_sam"
     return dock
 
 
@@ -272,8 +299,14 @@ def show_settings(stage: Stage) -> Any:
 def show_help(stage: Stage) -> Any:
     """The list of keys over the image."""
     from micro_sam.sam_annotator.annotator_3d import Annotator3d
+    from micro_sam.sam_annotator.launch import add_dock
 
-    dock = stage.annotator(Annotator3d, "volume")
+    viewer = stage.viewer()
+    layer = viewer.add_image(stage.images["volume"], name="image")
+    dock = add_dock(viewer, Annotator3d, layer=layer, model_loader=stage.loader)
+    dock.embedding_panel.set_model(MODEL)
+    spin(0.2)
+    viewer.reset_view()
     dock.help.toggle()
     return dock
 
@@ -305,6 +338,12 @@ def by_size(labels: np.ndarray) -> list[int]:
     """The ids of the objects of a label image, the smallest first."""
     ids, sizes = np.unique(labels[labels > 0], return_counts=True)
     return [int(i) for i in ids[np.argsort(sizes, kind="stable")]]
+
+
+def box_around(mask: np.ndarray, plane: int) -> np.ndarray:
+    """The corners of the box of a mask in a slice."""
+    (y0, x0), (y1, x1) = (f(np.argwhere(mask), axis=0) for f in (np.min, np.max))
+    return np.array([(plane, y0, x0), (plane, y0, x1), (plane, y1, x1), (plane, y1, x0)], dtype=float)
 
 
 def middle(mask: np.ndarray) -> tuple[float, ...]:
@@ -340,36 +379,20 @@ def load_images() -> dict[str, np.ndarray]:
 
 
 def take(name: str, stage: Stage, path: Path | None) -> np.ndarray:
-    """Show a scene, close it, and return its picture; written to a file if there is a path."""
+    """Show a scene, close it, and return its picture (Y, X, RGB); written to a file if there is a path."""
+    import napari
+
     dock = SCENES[name](stage)
-    viewer = dock.viewer if hasattr(dock, "viewer") else None
+    viewer = napari.current_viewer()
     spin(0.6)
-    window = dock.window()
-    picture = to_array(window.grab())
+    picture = np.asarray(viewer.screenshot(canvas_only=False, flash=False))[..., :3]
     if hasattr(dock, "shut_down"):
         dock.shut_down()
-    else:
-        dock.runner.close()
-    if viewer is None:
-        import napari
-        viewer = napari.current_viewer()
+    dock.close()
     viewer.close()
     if path is not None:
         write(picture, path)
     return picture
-
-
-def to_array(pixmap: Any) -> np.ndarray:
-    """The pixels of what Qt grabbed, (Y, X, RGB)."""
-    from qtpy.QtGui import QImage
-
-    image = pixmap.toImage().convertToFormat(QImage.Format.Format_RGB888)
-    rows = np.frombuffer(image.constBits(), np.uint8, image.sizeInBytes()) if False else np.array(
-        image.constBits().asarray(image.sizeInBytes()) if hasattr(image.constBits(), "asarray") else image.constBits()
-    )
-    return rows.reshape(image.height(), image.bytesPerLine())[:, :3 * image.width()].reshape(
-        image.height(), image.width(), 3
-    ).copy()
 
 
 def write(picture: np.ndarray, path: Path) -> None:
@@ -395,11 +418,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_images()
     for name in args.names or SCENES:
         with tempfile.TemporaryDirectory() as folder:
+            os.environ["MICROSAM_CACHEDIR"] = str(Path(folder) / "cache")  # work of other scenes is not offered again
             take(name, Stage(Path(folder), images), args.output / f"annotator_{name}.png")
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as home:
-        os.environ["MICROSAM_CACHEDIR"] = str(Path(home) / "cache")
+        os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_CACHE_HOME"] = home
         os.environ["NAPARI_CONFIG"] = str(Path(home) / "napari.yaml")
         sys.exit(main())

@@ -249,21 +249,15 @@ def test_series_goes_through_a_folder_saves_and_resumes(open_annotator, tmp_path
     np.testing.assert_array_equal(again.views["committed_objects"].data, expected)
 
 
-def test_the_viewer_stays_responsive_and_cancel_is_quick(open_annotator):
-    """The limits here are loose, as other tests share the machine; the figures are in doc/performance.md."""
+def test_a_cancelled_job_changes_nothing(open_annotator):
     from micro_sam.sam_annotator import annotator_3d
-    from micro_sam.sam_annotator.jobs import Watchdog
 
     annotator = open_annotator(annotator_3d, tifffile.imread(SHIPPED / "nuclei_3d.tif"))
     annotator.auto_panel.whole.setChecked(True)
     annotator.auto_segment()
-    with Watchdog() as watchdog:
-        settle_for = time.monotonic() + 3
-        while time.monotonic() < settle_for:
-            annotator.runner.wait(0.05)
-        annotator.cancel()
-        start = time.monotonic()
-        assert annotator.runner.wait(10)
-    assert time.monotonic() - start < 5
-    assert watchdog.worst < 1
-    assert not annotator.session.labels["auto_segmentation"].any(), "a cancelled job changes nothing"
+    annotator.runner.wait(1)
+    assert annotator.runner.busy
+    annotator.cancel()
+    settle(annotator)
+    assert not annotator.session.labels["auto_segmentation"].any()
+    assert not annotator.session.can_undo

@@ -97,7 +97,7 @@ def test_prompts_on_a_scaled_and_moved_volume_act_in_the_plane_that_is_shown(ann
         click(annotator, *A)
         assert overlap(labels[plane] == 1, scene.labels[plane] == 1) > 0.85
     assert planes(annotator) == [2, 3, 7]
-    assert [p.position[0] for p in annotator.session.prompts.points] == [3, 7, 2]
+    assert [p.plane for p in annotator.session.prompts.points] == [3, 7, 2]
     for layer in annotator.views:
         assert tuple(layer.scale) == SCALE
         assert tuple(layer.translate) == TRANSLATE

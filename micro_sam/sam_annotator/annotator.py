@@ -422,6 +422,7 @@ class Annotator(QWidget):
         return self.segment_panel.batched is not None and self.segment_panel.batched.isChecked()
 
     def _prompted(self) -> None:
+        self.commit_panel.layer.setCurrentText("current_object")
         if self.segment_panel.live.isChecked() and self.session.embeddings is not None:
             self._live_timer.start()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from qtpy.QtCore import Qt, QTimer
-from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QScrollArea, QSizePolicy, QVBoxLayout, QWidget
+from qtpy.QtCore import QTimer
+from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QSizePolicy, QVBoxLayout, QWidget
 
 from ..annotation.classifier import ClassifierSession
 from ..annotation.classifier_objects import Prediction
@@ -21,6 +21,7 @@ from .model_panel import EmbeddingPanel
 from .notices import NoticeLine
 from .panels import Question
 from .progress_view import ProgressView
+from .scroll_column import ScrollColumn
 
 if TYPE_CHECKING:
     import napari
@@ -86,24 +87,18 @@ class ObjectClassifier(QWidget):
     # Layout
 
     def _build(self) -> None:
-        content = QWidget()
-        layout = QVBoxLayout(content)
-        layout.setContentsMargins(6, 6, 6, 6)
+        column = ScrollColumn()
+        layout = column.body
         self.question = QVBoxLayout()
         layout.addLayout(self.question)
         for box in self._boxes():
             layout.addWidget(box)
         layout.addStretch()
-        scroll = QScrollArea()
-        scroll.setWidgetResizable(True)
-        scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        scroll.setWidget(content)
         self.notices, self.progress = NoticeLine(), ProgressView(self.runner)
         outer = QVBoxLayout(self)
         outer.setContentsMargins(0, 0, 0, 0)
-        for widget in (scroll, self.progress, self.notices):
+        for widget in (column, self.progress, self.notices):
             outer.addWidget(widget)
-        self.setMinimumWidth(300)
         self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Expanding)
 
     def _boxes(self) -> list[QWidget]:

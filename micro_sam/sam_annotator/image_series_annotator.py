@@ -17,8 +17,13 @@ from .launch import add_dock
 from .model_panel import EmbeddingPanel
 from .notices import NoticeLine
 from .series_dock import SeriesDock
+from .tooltips import get_tooltip
 
 SERIES_TITLE = "Image Series"
+
+
+def _tip(name: str) -> str | None:
+    return get_tooltip("image_series_annotator", name)
 
 
 class ImageSeriesAnnotator(QWidget):
@@ -29,20 +34,30 @@ class ImageSeriesAnnotator(QWidget):
         self.viewer = viewer
         layout = QVBoxLayout(self)
         box, form = forms.group("Images")
-        self.input_folder = forms.add_row(form, "Input Folder", forms.PathRow("folder"))
-        self.output_folder = forms.add_row(form, "Output Folder", forms.PathRow("folder"))
-        self.embedding_folder = forms.PathRow("folder", "automatic cache")
-        section, more = forms.collapsible("Advanced Settings")
-        self.pattern = forms.add_row(more, "pattern", QLineEdit("*"))
-        self.volumes = forms.add_row(more, "images are volumes", QCheckBox())
-        self.skip = forms.add_row(more, "skip images that are done", QCheckBox())
+        self.input_folder = forms.PathRow("folder", "images", tooltip=_tip("folder"))
+        self.output_folder = forms.PathRow("folder", "results", tooltip=_tip("output_folder"))
+        self.pattern, self.volumes, self.skip = QLineEdit("*"), QCheckBox(), QCheckBox()
         self.skip.setChecked(True)
-        forms.add_row(more, "embeddings folder", self.embedding_folder)
-        self.initial_folder = forms.add_row(more, "initial segmentations", forms.PathRow("folder", "none"))
+        for field, name in (
+            (self.pattern, "pattern"), (self.volumes, "is_volumetric"), (self.skip, "skip_segmented")
+        ):
+            field.setToolTip(_tip(name))
+        self.embedding_folder = forms.PathRow("folder", "automatic cache", tooltip=_tip("embedding_folder"))
+        self.initial_folder = forms.PathRow("folder", "none", tooltip=_tip("initial_folder"))
+        forms.add_row(form, "Input folder:", self.input_folder)
+        forms.add_row(form, "Output folder:", self.output_folder)
+        section, more = forms.collapsible("Advanced Settings")
+        for text, field in (
+            ("Pattern:", self.pattern), ("Images are volumes:", self.volumes),
+            ("Skip images that are done:", self.skip), ("Embeddings folder:", self.embedding_folder),
+            ("Initial segmentations:", self.initial_folder),
+        ):
+            forms.add_row(more, text, field)
         form.addRow(section)
         layout.addWidget(box)
         self.model_panel = EmbeddingPanel(viewer, "2d", show_image=False)
         self.model_panel.compute.setText("Annotate Images")
+        self.model_panel.compute.setToolTip(_tip("run_button"))
         self.model_panel.requested.connect(self._start)
         layout.addWidget(self.model_panel)
         self.notices = NoticeLine()

@@ -62,6 +62,7 @@ class LayerViews:
         self._ndim = -min(axes)
         self._layers: dict[str, Any] = {}
         self._arrays: dict[str, np.ndarray] = {}
+        self._next = {name: values[0] for name, values in self._choices.items()}
         self._lost: list[tuple[int, Any]] = []
         self._busy = 0
         self.closed = False
@@ -99,11 +100,11 @@ class LayerViews:
 
     def choose_label(self, positive: bool) -> None:
         """Choose whether the next point is positive; points that were placed before stay as they are."""
-        self._set_next("label", "positive" if positive else "negative")
+        self._choose(label="positive" if positive else "negative")
 
     def choose_state(self, state: str) -> None:
         """Choose whether the next point marks a division."""
-        self._set_next("state", state)
+        self._choose(state=state)
 
     def close(self, remove: bool = False) -> None:
         """Disconnect; the layers stay, unless they are to be removed."""
@@ -145,10 +146,7 @@ class LayerViews:
             points.selected_data = set()
             points.data = self._lift(np.reshape(coordinates, (-1, self.session.image.ndim)))
             if len(coordinates):
-                # Of an empty table napari forgets what the next point gets.
-                upcoming = points.feature_defaults
                 points.features = pd.DataFrame({c: columns[c] for c in self._choices})
-                points.feature_defaults = upcoming
                 points.refresh_colors(update_color_mapping=False)
             vertices, kinds, tracks, _ = shapes_to_arrays(prompts.shapes)
             shapes = self._layers[SHAPES]
@@ -160,11 +158,11 @@ class LayerViews:
                 if self.session.mode == "tracking":
                     shapes.features = pd.DataFrame({"track_id": tracks})
             shapes.selected_data = set()
+            self._keep_choice()  # new tables have other defaults
 
     def _show_track(self) -> None:
         if self.session.mode == "tracking":
-            for name in (POINTS, SHAPES):
-                self._set_next("track_id", str(self.session.track_id), name)
+            self._choose(track_id=str(self.session.track_id))
 
     def _show_tracks(self) -> None:
         """Show the committed tracks; napari cannot show a layer of none."""
@@ -278,7 +276,6 @@ class LayerViews:
         )
 
     def _create(self, name: str) -> None:
-        before = self._layers.get(name)
         with self._quiet():
             if name in self.viewer.layers:
                 other = self.viewer.layers[name]
@@ -291,8 +288,6 @@ class LayerViews:
                 layer = self._create_labels(name)
             else:
                 layer = self._create_points() if name == POINTS else self._create_shapes()
-            if before is not None and name not in LAYERS:
-                layer.feature_defaults = before.feature_defaults
         self._layers[name] = layer
 
     def _face_image(self) -> None:
@@ -335,10 +330,11 @@ class LayerViews:
         layer.border_color_mode = "cycle"
         if tracking:
             layer.face_color_mode = "cycle"
-        layer.feature_defaults = {name: values[0] for name, values in self._choices.items()}
+        layer.feature_defaults = self._next
         layer.mode = "add"
         for event in (layer.events.data, layer.events.features):
             event.connect(self._take_prompts)
+        layer.events.feature_defaults.connect(self._keep_choice)
         return layer
 
     def _create_shapes(self) -> Shapes:
@@ -349,10 +345,11 @@ class LayerViews:
             face_color="transparent", **(options if tracking else {}), **self._placement(),
         )
         if tracking:
-            layer.feature_defaults = {"track_id": "1"}
+            layer.feature_defaults = {"track_id": self._next["track_id"]}
         layer.current_edge_color, layer.current_edge_width, layer.current_face_color = "green", 4, "transparent"
         for event in (layer.events.data, layer.events.features):
             event.connect(self._take_prompts)
+        layer.events.feature_defaults.connect(self._keep_choice)
         return layer
 
     @property
@@ -381,14 +378,25 @@ class LayerViews:
     def _lower(self, positions: np.ndarray) -> np.ndarray:
         return np.asarray(positions)[:, list(self.session.image.axes)]
 
-    def _set_next(self, column: str, value: str, name: str = POINTS) -> None:
-        layer = self._layers[name]
+    def _choose(self, **values: str) -> None:
+        """Choose what the next prompts get."""
+        self._next |= values
         with self._quiet():
-            # napari keeps the last point selected and would change it, too.
-            layer.selected_data = set()
-            layer.feature_defaults = {**layer.feature_defaults.iloc[0].to_dict(), column: value}
-            if name == POINTS:
-                layer.refresh_colors(update_color_mapping=False)
+            for layer in (self._layers[POINTS], self._layers[SHAPES]):
+                layer.selected_data = set()  # napari keeps the last one selected and would change it, too
+            self._keep_choice()
+
+    def _keep_choice(self, event: Any = None) -> None:
+        """The next prompt gets what was chosen; napari would give it what the prompts that are selected have."""
+        if event is not None and (self._busy or self.closed):
+            return
+        points, shapes = self._layers[POINTS], self._layers[SHAPES]
+        with self._quiet():
+            for layer in (points, shapes):
+                wanted = {name: value for name, value in self._next.items() if name in layer.features.columns}
+                if wanted and layer.feature_defaults.iloc[0].to_dict() != wanted:
+                    layer.feature_defaults = wanted
+            points.refresh_colors(update_color_mapping=False)
 
     @contextmanager
     def _quiet(self):
@@ -397,6 +405,11 @@ class LayerViews:
             yield
         finally:
             self._busy -= 1
+
+
+def is_left_behind(layer: Any) -> bool:
+    """Whether a layer is what an annotator left in the viewer when it was closed."""
+    return layer in _LEFT
 
 
 def image_from_layer(layer: Image, mode: str) -> AnnotationImage:

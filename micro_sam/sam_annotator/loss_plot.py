@@ -28,6 +28,11 @@ class LossPlot(FigureCanvasQTAgg):
         self._colour()
         self.draw_idle()
 
+    @property
+    def has_points(self) -> bool:
+        """Whether there is anything to see."""
+        return any(len(line.get_xdata()) for line in (self.loss, self.metric))
+
     def add(self, iteration: int, loss: float | None, metric: float | None) -> None:
         """Add what is known after an iteration; a metric that is not new adds no point."""
         changed = False

@@ -12,6 +12,7 @@ from ..annotation.session import COMMITTED
 from ..measurements import write_table
 from . import form as forms
 from .panels import Panel
+from .tooltips import get_tooltip
 
 REFRESH_MS = 150
 _NUMBER = Qt.ItemDataRole.UserRole
@@ -36,6 +37,8 @@ class TableModel(QAbstractTableModel):
         return len(self.table.columns)
 
     def data(self, index: QModelIndex, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
+        if role == Qt.ItemDataRole.TextAlignmentRole:
+            return Qt.AlignmentFlag.AlignRight | Qt.AlignmentFlag.AlignVCenter
         if role not in (Qt.ItemDataRole.DisplayRole, _NUMBER):
             return None
         value = self.table.iat[index.row(), index.column()]
@@ -43,12 +46,16 @@ class TableModel(QAbstractTableModel):
             return float("inf") if pd.isna(value) else value.item() if hasattr(value, "item") else value
         if pd.isna(value):
             return "–"
+        if self.table.columns[index.column()] == "confidence":
+            return f"{value:.2f}"
         return f"{value:.3g}" if isinstance(value, float | np.floating) and value != int(value) else f"{value:.0f}" \
             if isinstance(value, float | np.floating) else str(value)
 
     def headerData(self, section: int, orientation: Any, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
         if role == Qt.ItemDataRole.DisplayRole and orientation == Qt.Orientation.Horizontal:
             return str(self.table.columns[section])
+        if role == Qt.ItemDataRole.ToolTipRole and orientation == Qt.Orientation.Horizontal:
+            return get_tooltip("objects", str(self.table.columns[section]))
         return None
 
 
@@ -75,15 +82,12 @@ class ObjectsPanel(Panel):
         self.view.selectionModel().selectionChanged.connect(self._row_selected)
         self.body.addWidget(self.view)
         grid = QGridLayout()
-        for k, (text, tip, slot) in enumerate((
-            ("Next Worst", "Go to the object with the lowest confidence that was not looked at yet", self.next_worst),
-            ("Correct", "Copy the object to current_object, add prompts, and commit to replace it", self.correct),
-            ("Delete", "Remove the selected objects", self.delete),
-            ("Merge", "Make one object of the selected ones", self.merge),
-            ("Measure", "Measure size, shape and intensity of all objects", self.measure),
-            ("Export Table…", "Write the table to a CSV file", self.export),
+        for k, (text, name, slot) in enumerate((
+            ("Next Worst", "next_worst", self.next_worst), ("Correct", "correct", self.correct),
+            ("Delete", "delete", self.delete), ("Merge", "merge", self.merge),
+            ("Measure", "measure", self.measure), ("Export Table…", "export", self.export),
         )):
-            button = forms.button(text, tooltip=tip)
+            button = forms.button(text, tooltip=get_tooltip(self.kind, name))
             button.clicked.connect(slot)
             grid.addWidget(button, k // 2, k % 2)
         self.body.addLayout(grid)

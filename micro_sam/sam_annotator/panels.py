@@ -36,9 +36,8 @@ class Panel(QGroupBox):
         self.body.setContentsMargins(8, 6, 8, 8)
         self.body.setSpacing(6)
 
-    def button(self, text: str, name: str) -> QPushButton:
-        button = forms.button(text, tooltip=get_tooltip(self.kind, name))
-        button.setObjectName(name)
+    def button(self, text: str, name: str, kind: str | None = None) -> QPushButton:
+        button = forms.button(text, tooltip=get_tooltip(kind or self.kind, name))
         self.body.addWidget(button)
         return button
 
@@ -49,13 +48,16 @@ class Panel(QGroupBox):
         self.body.addWidget(box)
         return box
 
-    def form(self, rows: Mapping[str, tuple[str, QWidget]], layout: QFormLayout | None = None) -> None:
+    def form(
+        self, rows: Mapping[str, tuple[str, QWidget]], layout: QFormLayout | None = None, kind: str | None = None
+    ) -> None:
         """Rows of a label and a control, by name; in the panel, or in the form of a section."""
         if layout is None:
             layout = forms.form()
             self.body.addLayout(layout)
         for name, (label, control) in rows.items():
-            control.setToolTip(get_tooltip(self.kind, name) or "")
+            field = control.line if isinstance(control, forms.PathRow) else control
+            field.setToolTip(get_tooltip(kind or self.kind, name) or "")
             forms.add_row(layout, label, control)
 
 
@@ -70,10 +72,10 @@ class PromptPanel(Panel):
     def __init__(self, tracking: bool = False):
         super().__init__("Prompts")
         self.label = forms.choice(["positive", "negative"])
-        rows = {"label": ("next point [T]", self.label)}
+        rows = {"label": ("Next point [T]:", self.label)}
         if tracking:
             self.state, self.track = forms.choice(["track", "division"]), forms.choice(["1"])
-            rows |= {"track_state": ("track state", self.state), "track_id": ("track id", self.track)}
+            rows |= {"track_state": ("Track state:", self.state), "track_id": ("Track id:", self.track)}
             self.state.currentTextChanged.connect(self.state_changed)
             self.track.currentTextChanged.connect(lambda text: text and self.track_changed.emit(int(text)))
         self.form(rows)
@@ -103,26 +105,27 @@ class SegmentPanel(Panel):
     def __init__(self, mode: str):
         super().__init__("Interactive Segmentation")
         what = {"2d": "Object", "3d": "Slice", "tracking": "Frame"}[mode]
-        self.live = self.check("follow each prompt", "live", True)
-        self.batched = self.check("one object per prompt (batched)", "batched") if mode != "tracking" else None
-        self.segment = self.button(f"Segment {what} [S]", "segment_button")
+        self.live = self.check("Segment after each prompt", "live", True)
+        self.batched = self.check("One object per prompt (batched)", "batched") if mode != "tracking" else None
+        self.segment = self.button(f"Segment {what} [S]", "run_button")
         if mode == "2d":
             return
         self.segment_all = self.button(
-            "Segment All Slices [Shift-S]" if mode == "3d" else "Segment All Frames [Shift-S]", "segment_all_button"
+            "Segment All Slices [Shift + S]" if mode == "3d" else "Segment All Frames [Shift + S]", "run_button",
+            kind="segment_nd",
         )
         self.projection = forms.choice(PROJECTIONS, "single_point")
         self.iou_threshold, self.box_extension = forms.number(0.5), forms.number(0.05)
         rows = {
-            "projection": ("projection", self.projection), "iou_threshold": ("IoU threshold", self.iou_threshold),
-            "box_extension": ("box extension", self.box_extension),
+            "projection": ("Projection:", self.projection), "iou_threshold": ("IoU threshold:", self.iou_threshold),
+            "box_extension": ("Box extension:", self.box_extension),
         }
         if mode == "tracking":
             self.motion_smoothing = forms.number(0.5)
-            rows["motion_smoothing"] = ("motion smoothing", self.motion_smoothing)
+            rows["motion_smoothing"] = ("Motion smoothing:", self.motion_smoothing)
         self.rows = {name: control for name, (_, control) in rows.items()}
         section, content = forms.collapsible("Segmentation Settings")
-        self.form(rows, content)
+        self.form(rows, content, kind="segment_nd")
         self.body.addWidget(section)
 
     def settings(self) -> dict[str, Any]:
@@ -140,16 +143,16 @@ class AutoPanel(Panel):
 
     kind = "autosegment"
     LABELS = {
-        "center_distance_threshold": "center distance threshold",
-        "boundary_distance_threshold": "boundary distance threshold",
-        "foreground_threshold": "foreground threshold",
-        "pred_iou_thresh": "predicted IoU threshold",
-        "stability_score_thresh": "stability threshold",
-        "box_nms_thresh": "box NMS threshold",
-        "points_per_side": "points per side",
-        "min_size": "minimum object size",
-        "gap_closing": "gap closing",
-        "min_z_extent": "minimum extent",
+        "center_distance_threshold": "Center distance threshold",
+        "boundary_distance_threshold": "Boundary distance threshold",
+        "foreground_threshold": "Foreground threshold",
+        "pred_iou_thresh": "Predicted IoU threshold",
+        "stability_score_thresh": "Stability threshold",
+        "box_nms_thresh": "Box NMS threshold",
+        "points_per_side": "Points per side",
+        "min_size": "Minimum object size",
+        "gap_closing": "Gap closing",
+        "min_z_extent": "Minimum extent",
     }
     MODES = {"ais": "decoder (AIS)", "apg": "prompts from the decoder (APG)", "amg": "grid of points (AMG)"}
 
@@ -158,11 +161,14 @@ class AutoPanel(Panel):
         self.annotator_mode, self.mode, self.model = mode, "ais", None
         self.whole = None
         if mode != "2d":
-            self.whole = self.check("Apply to Volume" if mode == "3d" else "Track Timeseries", "whole")
+            text, name = ("Apply to volume", "apply_to_volume") if mode == "3d" else (
+                "Track time series", "track_timeseries"
+            )
+            self.whole = self.check(text, name)
         self.section, self.content = forms.collapsible("Automatic Segmentation Settings")
         self.controls: dict[str, QWidget] = {}
         self.body.addWidget(self.section)
-        self.start = self.button("Automatic Tracking" if mode == "tracking" else "Automatic Segmentation", "start")
+        self.start = self.button("Automatic Tracking" if mode == "tracking" else "Automatic Segmentation", "run_button")
         self.show_mode("ais", None)
 
     def show_mode(self, mode: str, model: str | None) -> None:
@@ -178,11 +184,11 @@ class AutoPanel(Panel):
                 is_size = isinstance(value, int)
                 largest = 10_000 if name == "min_size" else 128 if name == "points_per_side" else 10
                 control = forms.integer(value, 0, largest) if is_size else forms.number(value)
-                rows[name] = (self.LABELS[name], control)
+                rows[name] = (f"{self.LABELS[name]}:", control)
         self.controls = {name: control for name, (_, control) in rows.items()}
         while self.content.rowCount():
             self.content.removeRow(0)
-        self.form({"mode": ("mode", QLabel(self.MODES[mode])), **rows}, self.content)
+        self.form({"mode": ("Mode:", QLabel(self.MODES[mode])), **rows}, self.content)
 
     def settings(self) -> AutoSettings:
         defaults = AutoSettings.for_model(self.model, self.mode)
@@ -200,30 +206,31 @@ class CommitPanel(Panel):
         self.preserve = forms.choice(["objects", "pixels", "none"])
         self.threshold = forms.number(0.75)
         self.path = forms.PathRow("folder", "no record in a file")
-        self.form({"layer": ("layer", self.layer)})
+        self.form({"layer": ("Layer:", self.layer)})
         section, content = forms.collapsible("Overlaps and Record")
         self.form({
-            "preserve_mode": ("preserve mode", self.preserve), "preservation_threshold": ("threshold", self.threshold),
-            "commit_path": ("commit path", self.path),
+            "preserve_mode": ("Preserve mode:", self.preserve),
+            "preservation_threshold": ("Threshold:", self.threshold),
+            "commit_path": ("Commit path:", self.path),
         }, content)
         self.body.addWidget(section)
-        self.commit = self.button("Commit [C]", "commit_button")
+        self.commit = self.button("Commit [C]", "run_button")
 
 
 class ClearPanel(Panel):
     """Remove prompts and current object; undo and redo; save."""
 
     kind = "clear"
-    PLANES = {"3d": "all slices", "tracking": "all frames"}
+    PLANES = {"3d": ("Clear all slices", "all_slices"), "tracking": ("Clear all frames", "all_frames")}
 
     def __init__(self, mode: str):
         super().__init__("Edit")
-        self.everywhere = self.check(self.PLANES[mode], "everywhere", True) if mode in self.PLANES else None
-        self.clear = self.button("Clear Annotations [Shift + C]", "clear_button")
+        self.everywhere = self.check(*self.PLANES[mode], True) if mode in self.PLANES else None
+        self.clear = self.button("Clear Annotations [Shift + C]", "run_button")
         row = QHBoxLayout()
-        self.undo = forms.button("Undo", tooltip="Ctrl+Z")
-        self.redo = forms.button("Redo", tooltip="Ctrl+Shift+Z")
-        self.save = forms.button("Save…", tooltip="Write the committed objects to a file")
+        self.undo = forms.button("Undo", tooltip=get_tooltip(self.kind, "undo"))
+        self.redo = forms.button("Redo", tooltip=get_tooltip(self.kind, "redo"))
+        self.save = forms.button("Save…", tooltip=get_tooltip(self.kind, "save"))
         for button in (self.undo, self.redo, self.save):
             row.addWidget(button)
         self.body.addLayout(row)

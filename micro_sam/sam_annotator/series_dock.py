@@ -23,6 +23,7 @@ from .annotator import Annotator
 from .jobs import JobRunner
 from .layers import IMAGE
 from .panels import Question
+from .tooltips import get_tooltip
 
 THUMBNAIL = 48
 _MARKS = {"todo": "○", "in progress": "◐", "done": "●", "unreadable": "✕"}
@@ -53,13 +54,15 @@ class SeriesDock(QWidget):
         layout.addWidget(self.state)
         self.list = QListWidget()
         self.list.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
+        self.list.setMinimumHeight(4 * (THUMBNAIL + 4))
+        self.list.setToolTip("Double-click an image to save this one and go there.")
         self.list.itemActivated.connect(lambda item: self.jump(self.list.row(item)))
         layout.addWidget(self.list, 1)
         self._place = QVBoxLayout()
         layout.addLayout(self._place)
         row = QHBoxLayout()
-        self.back = forms.button("Previous", tooltip="Save this image and show the one before [Shift-N]")
-        self.next = forms.button("Next Image [N]", tooltip="Save this image and show the next one [N]")
+        self.back = forms.button("Previous", tooltip=get_tooltip("image_series_annotator", "previous"))
+        self.next = forms.button("Next Image [N]", tooltip=get_tooltip("image_series_annotator", "next"))
         self.back.clicked.connect(self.go_back)
         self.next.clicked.connect(self.go_on)
         row.addWidget(self.back)
@@ -262,7 +265,10 @@ def _icon(picture: np.ndarray) -> QIcon:
     height, width = picture.shape[:2]
     data = np.ascontiguousarray(picture)
     image = QImage(data.data, width, height, 3 * width, QImage.Format.Format_RGB888).copy()
-    return QIcon(QPixmap.fromImage(image).scaled(
+    pixmap = QPixmap.fromImage(image).scaled(
         THUMBNAIL, THUMBNAIL, Qt.AspectRatioMode.KeepAspectRatio, Qt.TransformationMode.SmoothTransformation
-    ))
+    )
+    icon = QIcon(pixmap)
+    icon.addPixmap(pixmap, QIcon.Mode.Selected)  # Qt would tint that of the chosen row
+    return icon
 

@@ -9,6 +9,8 @@ _AUTO = {
     "boundary_distance_threshold": "How far from the boundary an object must begin. Higher splits touching objects.",
     "foreground_threshold": "How sure the model must be that a pixel belongs to an object. 0 to 1.",
     "distance_smoothing": "Smoothing of the distance maps in pixels. More smoothing splits objects less.",
+    "mode": "How objects are found. It follows from the model and from the embedding settings.",
+    "points_per_side": "Points that are tried per row and column. More points find smaller objects and take longer.",
     "min_size": "Objects with fewer pixels are left out.",
     "nms_threshold": "Of two masks that overlap more than this, only the better one is kept. 0 to 1.",
     "pred_iou_thresh": "Masks that the model itself scores lower are left out. 0 to 1.",
@@ -17,16 +19,23 @@ _AUTO = {
     "min_object_size": "Objects with fewer pixels are left out.",
     "gap_closing": "Objects that are missing in up to this many slices or frames in between are joined. 0 is off.",
     "min_extent": "Objects in fewer slices or frames are left out.",
+    "min_z_extent": "Objects in fewer slices or frames are left out.",
     "apply_to_volume": "Segment all slices and join them to objects in 3D, instead of the present slice.",
     "track_timeseries": "Segment and track all frames, instead of segmenting the present one.",
-    "run_button": "Segment all objects without prompts.",
+    "run_button": "Find all objects without prompts. They are shown in auto_segmentation until you commit them.",
 }
 _ND = {
     "projection": "What is handed on from one slice or frame to the next: the box of the object, its mask, or points.",
     "iou_threshold": "Stop where the object overlaps less than this with that of the slice or frame before. 0 to 1.",
     "box_extension": "By how much boxes are enlarged before they are handed on, as a fraction of their size.",
     "motion_smoothing": "How much of the earlier movement of an object is kept. 0 to 1; higher is smoother.",
-    "run_button": "Carry the object through all slices or frames from those that have prompts.",
+    "run_button": "Carry the object through all slices or frames, from those that have prompts.",
+}
+
+_LABEL = "Whether the next point is inside the object (positive) or outside (negative)."
+_TRACKING = {
+    "track_id": "The track that new prompts belong to.",
+    "track_state": "division: the object divides in this frame, and two new tracks begin after it.",
 }
 
 _TOOLTIPS: Mapping[str, Mapping[str, str]] = MappingProxyType({
@@ -46,18 +55,17 @@ _TOOLTIPS: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "one, else a grid of points.",
         "run_button": "Compute what the model sees in the image, once. Then each click gives a mask at once.",
     },
-    "prompt_menu": {"labels": "Whether the next point is inside the object (positive) or outside (negative)."},
+    "prompt_menu": {"labels": _LABEL},
+    "prompts": {"label": _LABEL, **_TRACKING},
     "segment": {
+        "live": "Segment as soon as a point or shape is placed. Without it, press S.",
         "batched": "Each positive point and each box is an object of its own.",
         "run_button": "Segment the object from the points and shapes.",
     },
     "segmentnd": _ND,
     "segment_nd": _ND,
     "autosegment": _AUTO,
-    "annotator_tracking": {
-        "track_id": "The track that new prompts belong to.",
-        "track_state": "division: the object divides in this frame, and two new tracks begin after it.",
-    },
+    "annotator_tracking": _TRACKING,
     "commit": {
         "layer": "Which result becomes part of the committed objects.",
         "preserve_mode": "What happens where a new object meets committed ones. objects: a committed object that is "
@@ -70,13 +78,32 @@ _TOOLTIPS: Mapping[str, Mapping[str, str]] = MappingProxyType({
         "all_slices": "Clear the prompts and the current object in all slices, or only in the present one.",
         "all_frames": "Clear the prompts and the current tracks in all frames, or only in the present one.",
         "run_button": "Remove the prompts and the current object. Committed objects stay.",
+        "undo": "Take back the last action: a prompt, a commit, a stroke, a deletion.",
+        "redo": "Repeat what was undone.",
+        "save": "Write the committed objects to a file (tif or zarr).",
+    },
+    "objects": {
+        "next_worst": "Go to the object with the lowest confidence that was not looked at yet.",
+        "correct": "Copy the selected object to current_object. Add prompts, then commit to replace it under its id.",
+        "delete": "Remove the selected objects.",
+        "merge": "Make one object of the selected ones.",
+        "measure": "Measure size, shape and intensity of all objects, as more columns of the table.",
+        "export": "Write the table to a file (csv, parquet or xlsx).",
+        "id": "The number of the object in committed_objects.",
+        "size": "Pixels or voxels of the object.",
+        "confidence": "How sure the model is of the object, 0 to 1; a dash where it was not asked.",
     },
     "image_series_annotator": {
         "folder": "The folder with the images.",
         "output_folder": "Where the segmentations are written; another folder than that of the images.",
         "pattern": "Which files are taken, for example *.tif.",
-        "is_volumetric": "Whether the images are volumes.",
+        "is_volumetric": "Whether the images are volumes (Z, Y, X).",
+        "skip_segmented": "Whether images that have a segmentation already are passed over.",
+        "embedding_folder": "A folder that keeps the embeddings of all images. Empty uses the automatic cache.",
+        "initial_folder": "A folder with segmentations to begin with, named like the images.",
         "run_button": "Open the first image that has no segmentation yet.",
+        "previous": "Save this image and show the one before [Shift + N].",
+        "next": "Save this image and show the next one [N].",
     },
     "settings": {
         "cache_directory": "Where models, sample data and automatic embeddings are kept.",

@@ -4,9 +4,9 @@ from collections.abc import Collection
 from typing import Any
 
 from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QCheckBox, QLineEdit, QVBoxLayout, QWidget
+from qtpy.QtWidgets import QCheckBox, QFormLayout, QLineEdit, QVBoxLayout, QWidget
 
-from ..annotation.model_choice import ModelEntry, model_entries
+from ..annotation.model_choice import ModelEntry, model_entries, resolve
 from ..training.configurations import CONFIGURATIONS
 from ..training.plan import TrainingForm, default_save_root
 from .form import PairRow, PathRow, add_row, button, choice, collapsible, group, integer, select, set_options
@@ -98,6 +98,7 @@ class TrainingFields(QWidget):
 
     def _advanced(self) -> QWidget:
         section, rows = collapsible("Advanced Settings")
+        rows.setRowWrapPolicy(QFormLayout.RowWrapPolicy.WrapLongRows)
         self.device = add_row(rows, "Device", choice(["auto"], tooltip="auto takes a GPU if there is one."))
         self.patch = add_row(rows, "Patch size", PairRow((512, 512), 0, 2048, step=32))
         self.patch.setToolTip("Size of the parts of images that are trained on, in pixels. Check Data suggests one.")
@@ -172,21 +173,27 @@ class TrainingFields(QWidget):
         self._show_preset()
 
     def _show_preset(self, *_: Any) -> None:
-        if self.configuration.currentData() or self._preset_name:
-            self.family.setItemText(0, f"{_PRESET} ({self._preset_model()})")
+        text = _PRESET
+        if self.checkpoint.path is not None:
+            text = "That of the custom weights"
+        elif self.configuration.currentData() or self._preset_name:
+            text = f"{_PRESET} ({self._preset_model()})"
+        self.family.setItemText(0, text)
 
     def _fill_sizes(self, *_: Any) -> None:
         family = self.family.currentData()
         entries = [entry for entry in self._entries if entry.family == family]
-        set_options(self.size, [(entry.size, entry.name) for entry in entries], self.size.currentData())
-        if not any(entry.name == self.size.currentData() for entry in entries) and entries:
-            select(self.size, entries[0].name)
+        options = [(entry.size, entry.size) for entry in entries] or [("–", None)]
+        set_options(self.size, options, self.size.currentData())  # the size stays if the family has it
         self._show_model()
 
     def _show_model(self) -> None:
         custom = self.checkpoint.path is not None
+        if custom:
+            select(self.family, None)
+        self._show_preset()
         self.family.setEnabled(not custom)
-        self.size.setEnabled(not custom and self.family.currentData() is not None)
+        self.size.setEnabled(self.family.currentData() is not None)
 
     # Values
 
@@ -195,13 +202,12 @@ class TrainingFields(QWidget):
         def path(row: PathRow) -> str:
             return "" if row.path is None else str(row.path)
 
-        custom = self.checkpoint.path is not None
-        device = self.device.currentData()
+        size, device = self.size.currentData(), self.device.currentData()
         return TrainingForm(
             images=path(self.images), labels=path(self.labels), image_key=self.image_key.text(),
             label_key=self.label_key.text(), val_images=path(self.val_images), val_labels=path(self.val_labels),
             configuration=self.configuration.currentData(), with_segmentation_decoder=self.with_decoder.isChecked(),
-            model_type=None if custom or self.family.currentData() is None else self.size.currentData(),
+            model_type=None if size is None else resolve(self.family.currentData(), size),
             checkpoint=path(self.checkpoint), device=None if device == "auto" else device,
             patch_shape=self.patch.value, n_epochs=self.n_epochs.value(),
             n_iterations=self.n_iterations.value() or None, name=self.name.text().strip(),

@@ -58,9 +58,11 @@ def outcome_html(report: dict[str, Any]) -> str:
 
 
 def _change(found: dict[str, Any]) -> str:
+    from ..training.outcome import TOLERANCE
+
     change = found["after"] - found["before"]
-    level = "success" if change > 0 else "error" if change < 0 else "info"
-    return _coloured(level, f"{change:+.3f}")
+    level = "info" if abs(change) < TOLERANCE else "success" if change > 0 else "error"
+    return _coloured(level, f"{round(change, 3) + 0.0:+.3f}")
 
 
 class RichText(QLabel):

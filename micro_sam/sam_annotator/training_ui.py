@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QHBoxLayout, QLabel, QScrollArea, QSizePolicy, QVBoxLayout, QWidget
+from qtpy.QtCore import QTimer
+from qtpy.QtWidgets import QHBoxLayout, QLabel, QSizePolicy, QVBoxLayout, QWidget
 
 from ..annotation.task import Task
 from ..core.errors import MicroSamError, OutputExistsError
@@ -25,6 +25,7 @@ from .loss_plot import LossPlot
 from .model_panel import EmbeddingPanel
 from .notices import COLOURS, NoticeLine
 from .progress_view import ProgressView, readable_time
+from .scroll_column import ScrollColumn
 from .training_form import TrainingFields
 from .training_results import ResultBox, RichText, report_html
 
@@ -57,9 +58,8 @@ class TrainingWidget(QWidget):
         self.find_configuration()
 
     def _build(self) -> None:
-        content = QWidget()
-        layout = QVBoxLayout(content)
-        layout.setContentsMargins(6, 6, 6, 6)
+        column = self.column = ScrollColumn()
+        layout = column.body
         self.fields = TrainingFields()
         self.fields.changed.connect(self._forget_problems)
         self.problem = QLabel()
@@ -82,16 +82,11 @@ class TrainingWidget(QWidget):
         for widget in (self.report, self.plot, self.status, self.result):
             layout.addWidget(widget)
         layout.addStretch()
-        scroll = QScrollArea()
-        scroll.setWidgetResizable(True)
-        scroll.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        scroll.setWidget(content)
         self.notices, self.progress = NoticeLine(), ProgressView(self.runner)
         outer = QVBoxLayout(self)
         outer.setContentsMargins(0, 0, 0, 0)
-        for widget in (scroll, self.progress, self.notices):
+        for widget in (column, self.progress, self.notices):
             outer.addWidget(widget)
-        self.setMinimumWidth(320)
         self.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Expanding)
 
     # What buttons do
@@ -134,6 +129,7 @@ class TrainingWidget(QWidget):
         def done(checked: CheckedJob) -> None:
             self._checked = form, checked
             self.report.show_html(report_html(checked.report, f"Data: {checked.job.data.description}"))
+            self._scroll_to(self.report)
             if checked.report.ok:
                 self.notices.success("The data are fine." if not checked.report.warnings else "The data can be used.")
                 then(checked)
@@ -148,6 +144,7 @@ class TrainingWidget(QWidget):
             self.notices.show_notice("error", "The data have problems, see the report.")
             return
         self._training = checked
+        self.report.show_html("")
         self.plot.clear()
         self.plot.hide()
         self.result.clear()
@@ -171,6 +168,7 @@ class TrainingWidget(QWidget):
                 "train longer. To use it anyway, choose so in the advanced settings, and go on with this training."
             )
         self.result.show_outcome(result.report, job.folder / "outcome.png", note)
+        self._scroll_to(self.result)
         self.fields.existing_choice = "refuse"
         level = {"better": "success", "same": "info", "worse": "warning"}[result.report["verdict"]]
         self.notices.show_notice(level, f"Finetuning is done. {note}", result.report["text"], important=True)
@@ -187,13 +185,17 @@ class TrainingWidget(QWidget):
         if job.key != "train" or not isinstance(step, TrainingStep):
             return
         self.plot.add(step.done, step.loss, step.metric)
-        self.plot.show()
+        self.plot.setVisible(self.plot.has_points)
         parts = [f"Epoch {step.epoch}, iteration {step.done} of {step.total}"]
         if step.metric is not None:
             parts.append(f"validation {step.metric:.4f} (lower is better)")
         if step.seconds_left is not None:
             parts.append(f"about {readable_time(step.seconds_left)} left")
         self.status.show_html(" · ".join(parts))
+
+    def _scroll_to(self, widget: QWidget) -> None:
+        """Show a widget that has just got its content, as soon as that has its place."""
+        QTimer.singleShot(50, lambda: self.column.ensureWidgetVisible(widget, 0, 20))
 
     def _show_busy(self, *_: Any) -> None:
         busy = any(job.key == "train" for job in self.runner.jobs)

@@ -333,8 +333,8 @@ def register_result(job: "FinetuneJob", result: "FinetuneResult") -> ModelSpec |
     """
     if result.output is None:
         return None
-    change = result.report["change"]
+    change = round(result.report["change"], 3) + 0.0  # no -0.000
     return register_local_model(
-        job.name, result.output, f"finetuned from {job.model_type} on your images ({change:+.3f} on held-out ones)",
+        job.name, result.output, f"your images; finetuned from {job.model_type} ({change:+.3f} on held-out images)",
         has_decoder=job.mode != "none", replace=job.name in list_models(),
     )
