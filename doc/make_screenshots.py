@@ -112,7 +112,8 @@ def show_2d(stage: Stage) -> Any:
     from micro_sam.sam_annotator.annotator_2d import Annotator2d
 
     dock = stage.annotator(Annotator2d, "nuclei")
-    places = free_places(stage, dock)
+    nuclei = free_objects(stage.images["nuclei"])
+    places = sorted((middle(nuclei == i) for i in by_size(nuclei)[-16:]), key=lambda yx: yx[1])[:6]
     for place in places[:-1]:
         click(dock, place)
         stage.wait(dock)
@@ -121,6 +122,8 @@ def show_2d(stage: Stage) -> Any:
     click(dock, np.add(places[-1], (0, 34)), positive=False)
     stage.wait(dock)
     dock.prompt_panel.toggle()
+    dock.viewer.camera.center = (0, *places[-1])
+    dock.viewer.camera.zoom *= 1.7
     return dock
 
 
@@ -148,15 +151,11 @@ def show_3d(stage: Stage) -> Any:
     from micro_sam.sam_annotator.annotator_3d import Annotator3d
 
     dock = stage.annotator(Annotator3d, "volume")
-    plane = len(stage.images["volume"]) // 2
+    plane = 2 * len(stage.images["volume"]) // 3
     dock.viewer.dims.set_current_step(0, plane)
-    dock.auto_segment()
-    stage.wait(dock)
-    found = dock.session.labels["auto_segmentation"][plane]
-    boxes = [box_around(found == i, plane) for i in by_size(found)[-5:]]
-    dock.session.undo()
+    nuclei = free_objects(stage.images["volume"][plane])
     dock.segment_panel.batched.setChecked(True)
-    dock.views["prompts"].add_rectangles(boxes)
+    dock.views["prompts"].add_rectangles([box_around(nuclei == i, plane) for i in by_size(nuclei)[-5:]], edge_width=1)
     stage.wait(dock)
     dock.segment_all()
     stage.wait(dock)
@@ -321,17 +320,18 @@ def click(dock: Any, place: Sequence[float], plane: int | None = None, *, positi
     dock.views["point_prompts"].add([*(() if plane is None else (plane,)), *(float(x) for x in place)])
 
 
-def free_places(stage: Stage, dock: Any, plane: int | None = None) -> list[tuple[float, ...]]:
-    """The middles of a few bright objects that do not touch the border of the image, the largest last."""
+def free_objects(image: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    """The bright objects of an image that touch neither its border nor, by their shape, each other."""
     from scipy.ndimage import gaussian_filter
     from skimage.filters import threshold_otsu
-    from skimage.measure import label
+    from skimage.measure import label, regionprops
     from skimage.segmentation import clear_border
 
-    image = np.asarray(dock.views.image_layer.data if plane is None else dock.views.image_layer.data[plane])
-    smooth = gaussian_filter(image.astype(float), 2)
+    smooth = gaussian_filter(np.asarray(image, dtype=float), sigma)
     labels = clear_border(label(smooth > threshold_otsu(smooth)))
-    return [middle(labels == i) for i in by_size(labels)[-6:]]
+    odd = [region.label for region in regionprops(labels) if region.solidity < 0.93 or region.area < 30]
+    labels[np.isin(labels, odd)] = 0
+    return labels
 
 
 def by_size(labels: np.ndarray) -> list[int]:
@@ -371,11 +371,19 @@ def load_images() -> dict[str, np.ndarray]:
     data = ROOT / "micro_sam" / "data"
     return {
         "nuclei": tifffile.imread(data / "nuclei.tif"),
-        "volume": tifffile.imread(data / "nuclei_3d.tif"),
+        "volume": smoothed(tifffile.imread(data / "nuclei_3d.tif")),
         "movie": tifffile.imread(data / "cells_tracking.tif"),
         "cells": imageio.imread(ROOT / "test" / "data" / "nuclei.png"),
         "cells_labels": tifffile.imread(ROOT / "test" / "data" / "nuclei_labels.tif"),
     }
+
+
+def smoothed(volume: np.ndarray) -> np.ndarray:
+    """A volume with less noise, as the small model of the package needs it."""
+    from scipy.ndimage import gaussian_filter
+
+    smooth = gaussian_filter(volume.astype("float32"), (0.7, 1.5, 1.5))
+    return (smooth / smooth.max() * 255).astype("uint8")
 
 
 def take(name: str, stage: Stage, path: Path | None) -> np.ndarray:

@@ -1,21 +1,23 @@
 """From an image file to an instance segmentation: the one-liner `segment`, and the steps behind it."""
 
+import importlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from segment_anything import SamPredictor
 
-from .core.errors import InvalidInputError, UnsupportedError
+from .core.errors import InvalidInputError, MissingPackageError, UnsupportedError
 from .core.image import LazyImage, open_image
-from .core.output import is_done, label_path, prepare_folder, read_labels, write_labels
+from .core.output import is_done, label_path, label_stem, prepare_folder, read_labels, write_labels
 from .core.progress import drain
 from .embeddings.encode import ImageEmbeddings, embedding_steps
 from .segmentation.settings import check_options, check_tiled, generate_options, init_options, is_tiled, mode_of
 from .segmentation.workflow import (
+    LoadedModel,
     Segmenter,
     find_model,
     load_model,
@@ -139,7 +141,8 @@ def automatic_instance_segmentation(
         halo: Overlap (y, x) of the tiles in pixels; None gives an eighth of the tile shape.
         verbose: Whether to show progress.
         return_embeddings: Whether to return the embeddings as well.
-        annotate: Not supported yet.
+        annotate: Whether to correct the labels in an annotator before they are returned and written. What was segmented
+            automatically is kept beside the output as `<name>_automatic.tif`. It needs napari and a screen.
         batch_size: Planes or tiles per call of the networks.
         overwrite: Whether to replace an existing output that was made with other settings.
         channel: Which channel to take.
@@ -156,12 +159,11 @@ def automatic_instance_segmentation(
         asked for.
 
     Raises:
-        UnsupportedError: For `annotate`.
+        MissingPackageError: For `annotate` without napari.
         OutputExistsError: If the output exists and was made with other settings.
         InvalidInputError: If arguments do not fit, see also `open_image`.
     """
-    if annotate:
-        raise UnsupportedError("annotate needs the annotation tools, which are not part of this version yet.")
+    correct_labels = find_correction() if annotate else None
     mode, tiled = mode_of(segmenter), is_tiled(segmenter)
     known = {**generate_options(mode, tiled), **dict.fromkeys((*VOLUME_OPTIONS, "with_background"))}
     check_options(generate_kwargs, known, f"the segmentation mode {mode!r}")
@@ -190,12 +192,43 @@ def automatic_instance_segmentation(
         prepare_folder(output_path)
     steps = image_steps(
         predictor, segmenter, image, volume_options, work, embedding_path=embedding_path,
-        return_embeddings=return_embeddings, batch_size=batch_size,
+        return_embeddings=return_embeddings or annotate, batch_size=batch_size,
     )
     labels, embeddings = drain(steps, verbose=verbose)
-    if output_path is not None:
-        write_labels(output_path, labels, settings, scale=image.scale)
+
+    def write(final: np.ndarray) -> Path | None:
+        return None if output_path is None else write_labels(output_path, final, settings, scale=image.scale)
+
+    if correct_labels is None:
+        write(labels)
+    else:
+        if output_path is not None:
+            write_labels(automatic_path(output_path), labels, settings, scale=image.scale)
+        model = LoadedModel(predictor, getattr(segmenter, "_decoder", None), mode)
+        labels = correct_labels(
+            image.data, labels, model, write, has_channels=image.has_channels, name=image.name,
+            image_embeddings=embeddings,
+        )
     return (labels, embeddings) if return_embeddings else labels
+
+
+def automatic_path(output_path: Path) -> Path:
+    """Where labels are kept that were corrected afterwards."""
+    return output_path.with_name(f"{label_stem(output_path)}_automatic.tif")
+
+
+def find_correction() -> Callable[..., np.ndarray]:
+    """Return `sam_annotator.correction.correct_labels`; looked up by name, as the annotators are built on this module.
+
+    Raises:
+        MissingPackageError: If napari is not installed.
+    """
+    try:
+        return importlib.import_module(".sam_annotator.correction", __package__).correct_labels
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"Correcting labels needs napari, and {error.name} is not installed: pip install \"micro_sam[gui]\"."
+        ) from error
 
 
 def _load_done(
@@ -249,7 +282,7 @@ def automatic_tracking(
         halo: Overlap (y, x) of the tiles in pixels; None gives an eighth of the tile shape.
         verbose: Whether to show progress.
         return_embeddings: Whether to return the embeddings as well.
-        annotate: Not supported yet.
+        annotate: Not supported: open the tracks with `sam_annotator.annotator_tracking`, which imports CTC folders.
         batch_size: Frames or tiles per call of the networks.
         mode: `greedy` with divisions, `greedy_nodiv` without, or `ilp`, see `track_across_frames`.
         tracking_model: Who links, see `track_across_frames`.
@@ -271,7 +304,10 @@ def automatic_tracking(
         InvalidInputError: If arguments do not fit, see also `open_image`.
     """
     if annotate:
-        raise UnsupportedError("annotate needs the annotation tools, which are not part of this version yet.")
+        raise UnsupportedError(
+            "Tracks are corrected in the annotator: leave out annotate, write the tracks to output_path, and import "
+            "that folder in micro_sam.annotator_tracking."
+        )
     image = open_image(input_path, key, ndim=3, axes=axes, channel=channel, level=level, series=series)
     return automatic_tracking_implementation(
         image.data, predictor, segmenter, embedding_path, mode=mode, tracking_model=tracking_model,

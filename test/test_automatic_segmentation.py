@@ -257,8 +257,6 @@ def test_arguments_that_do_not_fit(cells_image, ais, tiled_ais):
     with pytest.raises(InvalidInputError, match="mask selects tiles"):
         automatic_instance_segmentation(*ais, cells_image, mask_path=cells_image)
     with pytest.raises(UnsupportedError, match="annotat"):
-        automatic_instance_segmentation(*ais, cells_image, annotate=True)
-    with pytest.raises(UnsupportedError, match="annotat"):
         automatic_tracking(*ais, np.zeros((10, 64, 64)), annotate=True)
     with pytest.raises(InvalidInputError, match="for volumes"):
         automatic_instance_segmentation(*ais, cells_image, gap_closing=1)

@@ -173,7 +173,7 @@ def test_apg_and_text_option(run, image, tmp_path):
         (["--tile_shape", "none", "--halo", "3", "3"], "belongs to tiles"),
         (["--halo", "3", "3"], "belongs to tiles"),
         (["--batch_size", "0"], "positive integer"),
-        (["--annotate"], "not part of this version yet"),
+        (["--annotate", "--tracking"], "imports them"),
         (["--tracking", "--min_z_extent", "2"], "--min_z_extent is for volumes"),
         (["--min_time_extent", "2"], "--min_time_extent is for tracking"),
         (["-q"], "no option -q"),

@@ -261,3 +261,36 @@ def test_a_cancelled_job_changes_nothing(open_annotator):
     settle(annotator)
     assert not annotator.session.labels["auto_segmentation"].any()
     assert not annotator.session.can_undo
+
+
+def test_labels_are_corrected_before_they_are_written(monkeypatch, tmp_path, tiny_predictor, tiny_decoder):
+    """The option `annotate`: the window opens with the labels, and what is there when it closes is written."""
+    import napari
+
+    from micro_sam.annotation.journal import find_journals, is_finished
+    from micro_sam.automatic_segmentation import automatic_instance_segmentation
+    from micro_sam.instance_segmentation import InstanceSegmentationWithDecoder
+    from micro_sam.sam_annotator.annotator import active_annotator
+
+    monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path / "cache"))
+    shown = []
+
+    def user():
+        annotator = active_annotator()
+        settle(annotator)
+        shown.append(annotator.session.labels["committed_objects"].copy())
+        corner = np.zeros((128, 160), int)
+        corner[:5, :5] = 1
+        annotator.session.set_labels("current_object", corner)
+        annotator.session.commit(preserve="none")
+        annotator.viewer.close()
+
+    monkeypatch.setattr(napari, "run", user)
+    labels = automatic_instance_segmentation(
+        tiny_predictor, InstanceSegmentationWithDecoder(tiny_predictor, tiny_decoder),
+        imageio.imread(DATA / "nuclei.png"), tmp_path / "labels.tif", annotate=True, verbose=False,
+    )
+    assert labels[2, 2] == labels.max() == shown[0].max() + 1
+    np.testing.assert_array_equal(read_labels(tmp_path / "labels.tif"), labels)
+    np.testing.assert_array_equal(read_labels(tmp_path / "labels_automatic.tif"), shown[0])
+    assert all(is_finished(path) for path in find_journals())

@@ -519,6 +519,7 @@ def test_launched_twice_in_one_viewer(viewer, annotate, cells_image, monkeypatch
     assert [p.position for p in second.session.prompts.points] == [(1, 2)]
     assert first.views.closed
     second.undo()
+    second.undo()
     check_layer_initialization(viewer, cells_image.shape)
     second.views["point_prompts"].add([[3, 4]])
     _key(viewer, "Control-Z")

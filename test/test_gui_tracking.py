@@ -230,7 +230,7 @@ def test_lineage_edits_and_their_undo(annotator, scene):
     assert annotator.tracks_panel.selected == [4, 5]
     press(annotator, "Link", *annotator.tracks_panel.selected)
     assert tracks(annotator)[5] == (6, 9, 4)
-    press(annotator, "Swap Here", 2, 3, frame=7)
+    press(annotator, "Swap From Here", 2, 3, frame=7)
     assert scene.labels[7][session.labels["committed_objects"][7] == 2].min() == 3
     press(annotator, "Merge", 4, 5)
     assert tracks(annotator)[4] == (0, 9, 0)
@@ -251,7 +251,7 @@ def test_lineage_edits_and_their_undo(annotator, scene):
     ("Unlink", (), 0, "Select the daughters"), ("Unlink", (4,), 0, "no parent"),
     ("Divide Here", (1,), 5, "first frame of the daughters"), ("Divide Here", (2, 4), 0, "begins in frame"),
     ("Split Here", (1, 2), 3, "Select one track"), ("Split Here", (2,), 5, "cannot be split at frame 5"),
-    ("Swap Here", (1,), 3, "Select two tracks"), ("Merge", (1,), 0, "two or more"), ("Delete", (), 0, "to remove"),
+    ("Swap From Here", (1,), 3, "Select two tracks"), ("Merge", (1,), 0, "two or more"), ("Delete", (), 0, "to remove"),
 ])
 def test_what_cannot_be_done_is_said_and_changes_nothing(annotator, scene, button, ids, frame, message):
     annotator.session.set_labels("committed_objects", scene.labels)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import EmbeddingMismatchError, InvalidInputError, UnsupportedError
+from ..core.errors import EmbeddingMismatchError, InvalidInputError
 from ._common import (
     EXIT_CODES,
     Console,
@@ -57,7 +57,9 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--label_name", default="segmentation", help="name of the labels if the output is an existing OME-Zarr image"
     )
-    parser.add_argument("--annotate", action="store_true", help="not part of this version yet")
+    parser.add_argument(
+        "--annotate", action="store_true", help="correct the labels of each image in napari before they are written"
+    )
     volumes = parser.add_argument_group("volumes and time series")
     volumes.add_argument("--tracking", action="store_true", help="track objects over time; writes CTC files")
     volumes.add_argument(
@@ -150,8 +152,10 @@ def _open(args: argparse.Namespace, result: Result) -> Any:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be done, before anything is imported or opened."""
-    if args.annotate:
-        raise UnsupportedError("--annotate needs the annotation tools, which are not part of this version yet.")
+    if args.annotate and args.tracking:
+        raise InvalidInputError(
+            "--annotate is for images and volumes. Correct tracks in micro_sam.annotator_tracking, which imports them."
+        )
     misplaced = ("min_z_extent", "beta", "neck_penalty") if args.tracking else ("min_time_extent",)
     for name in misplaced:
         if getattr(args, name) is not None:
@@ -227,7 +231,7 @@ def _segment(
 ) -> str:
     """Segment one image or volume, write the labels, and return what to say about it."""
     from ..automatic_segmentation import describe_stack
-    from ..core.output import is_done, write_labels
+    from ..core.output import is_done
     from ..volume.images import image_settings, image_steps
 
     output, of_volume = Path(result.output), _volume_options(args)
@@ -243,9 +247,27 @@ def _segment(
         plan.model.predictor, plan.segmenter, image, of_volume, work, embedding_path=embedding_path,
         batch_size=args.batch_size,
     ))[0]
-    target = write_labels(output, labels, settings, scale=image.scale, name=args.label_name)
+    target = _correct_and_write(plan, image, labels, output, settings, args)
     result.output, result.n_objects = str(target), _count(labels)
     return f"{image.name}: {result.n_objects} objects -> {target}"
+
+
+def _correct_and_write(
+    plan: Any, image: Any, labels: Any, output: Path, settings: Any, args: argparse.Namespace
+) -> Path:
+    """Write labels; with `--annotate` the user corrects them first."""
+    from ..core.output import write_labels
+
+    def write(final: Any) -> Path:
+        return write_labels(output, final, settings, scale=image.scale, name=args.label_name)
+
+    if not args.annotate:
+        return write(labels)
+    from ..automatic_segmentation import automatic_path, find_correction
+    correct_labels = find_correction()
+    write_labels(automatic_path(output), labels, settings, scale=image.scale)
+    correct_labels(image.data, labels, plan.model, write, has_channels=image.has_channels, name=image.name)
+    return output
 
 
 def _track(

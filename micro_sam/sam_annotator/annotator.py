@@ -4,7 +4,9 @@ A widget reads its controls, calls the session, and shows the result; decisions 
 `micro_sam.annotation`.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,14 @@ def active_annotator() -> "Annotator | None":
     return _ACTIVE[-1] if _ACTIVE else None
 
 
+def _release(sessions: dict[Any, AnnotationSession], annotator: "weakref.ref[Annotator]", *_: Any) -> None:
+    """Close the journals of an annotator that is gone, so that others may go on with them."""
+    for session in sessions.values():
+        session.close()
+    if annotator() in _ACTIVE:
+        _ACTIVE.remove(annotator())
+
+
 class Annotator(QWidget):
     """The dock of an annotator.
 
@@ -80,7 +90,8 @@ class Annotator(QWidget):
         self._live_timer.setInterval(LIVE_DELAY_MS)
         self._live_timer.timeout.connect(self._follow_prompt)
         _ACTIVE.append(self)
-        self.destroyed.connect(lambda *_, ref=self: _ACTIVE.remove(ref) if ref in _ACTIVE else None)
+        # A window that is closed deletes its docks without closing them.
+        self.destroyed.connect(partial(_release, self._kept, weakref.ref(self)))
         if layer is not None:
             self.begin(layer)
         elif begin:
@@ -208,6 +219,10 @@ class Annotator(QWidget):
         session = self._kept.pop(layer, None)
         if session is not None:
             session.close()
+
+    def hand_over(self, layer: Image) -> AnnotationSession:
+        """Give the session of an image to the caller, who closes it: it stays open when the window is closed."""
+        return self._kept.pop(layer)
 
     def add_actions(self, actions: Mapping[str, Callable[[], None]]) -> None:
         """Bind the keys of more actions, those of a series of images."""

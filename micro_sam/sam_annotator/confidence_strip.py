@@ -104,8 +104,8 @@ class ConfidenceStrip(QWidget):
         """Left, right and confidence of what is drawn."""
         known = {z: s.confidence for z, s in self.scores.items() if s.confidence is not None}
         if self.n_planes <= self.width():
-            gap = 1.0 if self.width() >= 4 * self.n_planes else 0.0
-            return [(self.x_range(z)[0], self.x_range(z)[1] - gap, c) for z, c in known.items()]
+            gap = int(self.width() >= 4 * self.n_planes)
+            return [(int(self.x_range(z)[0]), int(self.x_range(z)[1]) - gap, c) for z, c in known.items()]
         columns: dict[int, float] = {}
         for z, confidence in known.items():
             x = int(self.x_range(z)[0])
@@ -214,5 +214,5 @@ class ConfidenceView(QWidget):
         score = self.strip.scores.get(plane)
         confidence = None if score is None else score.confidence
         here = "no object" if score is None else "not known" if confidence is None else f"{confidence:.2f}"
-        self.text.setText(f"confidence in this {self.noun}: {here}")
+        self.text.setText(f"Confidence in this {self.noun}: {here}")
         self.text.setToolTip(self.strip.text_of(plane))

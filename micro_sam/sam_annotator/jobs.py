@@ -314,7 +314,8 @@ class JobRunner(QObject):
             Whether all of them have ended.
         """
         self._is_closed = True
-        self._timer.stop()
+        with contextlib.suppress(RuntimeError):  # Qt has deleted the timer together with the window
+            self._timer.stop()
         self.cancel_all()
         end = time.monotonic() + timeout
         ended = [job.ended.wait(max(end - time.monotonic(), 0)) for job in self._jobs]

@@ -77,7 +77,7 @@ class TracksPanel(Panel):
             ("Divide Here", "The selected track that begins first divides into the others in this frame; what it has "
              "itself from this frame on becomes a daughter, too", self.divide),
             ("Split Here", "Cut the selected track in two: from this frame on it is a new one", self.split),
-            ("Swap Here", "Exchange the two selected tracks from this frame on", self.swap),
+            ("Swap From Here", "Exchange the two selected tracks from this frame on", self.swap),
             ("Delete", "Remove the selected tracks", self.delete),
             ("Import…", "Read tracks to correct: a CTC folder, or a GEFF graph with label images", self._ask_import),
         )):
