@@ -122,8 +122,8 @@ def show_2d(stage: Stage) -> Any:
     click(dock, np.add(places[-1], (0, 34)), positive=False)
     stage.wait(dock)
     dock.prompt_panel.toggle()
-    dock.viewer.camera.center = (0, *places[-1])
-    dock.viewer.camera.zoom *= 1.7
+    dock.viewer.camera.center = (0, *np.mean(places, axis=0))
+    dock.viewer.camera.zoom *= 1.5
     return dock
 
 
@@ -147,15 +147,16 @@ def show_objects(stage: Stage) -> Any:
 
 @scene
 def show_3d(stage: Stage) -> Any:
-    """Several objects of a volume from a box each, in all slices, with the confidence of each slice."""
+    """Several objects of a volume from a point each, in all slices, with the confidence of each slice."""
     from micro_sam.sam_annotator.annotator_3d import Annotator3d
 
     dock = stage.annotator(Annotator3d, "volume")
     plane = 2 * len(stage.images["volume"]) // 3
     dock.viewer.dims.set_current_step(0, plane)
-    nuclei = free_objects(stage.images["volume"][plane])
     dock.segment_panel.batched.setChecked(True)
-    dock.views["prompts"].add_rectangles([box_around(nuclei == i, plane) for i in by_size(nuclei)[-5:]], edge_width=1)
+    dock.views["point_prompts"].current_size = 6
+    for place in bright_spots(stage.images["volume"][plane]):
+        click(dock, place, plane)
     stage.wait(dock)
     dock.segment_all()
     stage.wait(dock)
@@ -171,6 +172,7 @@ def show_tracking(stage: Stage) -> Any:
 
     dock = stage.annotator(AnnotatorTracking, "movie")
     dock.auto_panel.whole.setChecked(True)
+    dock.auto_panel.controls["min_size"].setValue(150)
     dock.auto_segment()
     stage.wait(dock)
     dock.commit()
@@ -334,16 +336,19 @@ def free_objects(image: np.ndarray, sigma: float = 1.0) -> np.ndarray:
     return labels
 
 
+def bright_spots(image: np.ndarray) -> list[tuple[float, ...]]:
+    """The middles of the bright objects of a blurred image."""
+    from scipy.ndimage import gaussian_filter
+    from skimage.feature import peak_local_max
+
+    smooth = gaussian_filter(image.astype(float), 3)
+    return [tuple(yx) for yx in peak_local_max(smooth, min_distance=14, threshold_rel=0.55, exclude_border=12)]
+
+
 def by_size(labels: np.ndarray) -> list[int]:
     """The ids of the objects of a label image, the smallest first."""
     ids, sizes = np.unique(labels[labels > 0], return_counts=True)
     return [int(i) for i in ids[np.argsort(sizes, kind="stable")]]
-
-
-def box_around(mask: np.ndarray, plane: int) -> np.ndarray:
-    """The corners of the box of a mask in a slice."""
-    (y0, x0), (y1, x1) = (f(np.argwhere(mask), axis=0) for f in (np.min, np.max))
-    return np.array([(plane, y0, x0), (plane, y0, x1), (plane, y1, x1), (plane, y1, x0)], dtype=float)
 
 
 def middle(mask: np.ndarray) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The annotator of time series in a real viewer, with a model that finds the objects of a known scene; needs a screen."""
+"""The annotator of time series in a real viewer, with a model that finds the objects of a scene; needs a screen."""
 
 import os
 import time
@@ -164,7 +164,7 @@ def test_a_division_is_annotated_committed_and_undone(annotator, scene):
     assert set(session.scores()) == {1, 2, 3}
     layer = annotator.viewer.layers["tracks"]
     assert tuple(layer.scale) == SCALE
-    assert {track: parent for track, parent in layer.graph.items()} == {2: [1], 3: [1]}
+    assert dict(layer.graph) == {2: [1], 3: [1]}
     assert set(layer.data[:, 0]) == {1, 2, 3}
     assert rows(annotator) == [["1", "0 – 4", ["2", "5 – 9"], ["3", "5 – 9"]]]
 
@@ -246,20 +246,21 @@ def test_lineage_edits_and_their_undo(annotator, scene):
     np.testing.assert_array_equal(session.labels["committed_objects"], before)
 
 
-@pytest.mark.parametrize(("button", "ids", "frame", "message"), [
-    ("Link", (1,), 0, "Select the mother and its daughters"), ("Link", (1, 4), 0, "must end before"),
-    ("Unlink", (), 0, "Select the daughters"), ("Unlink", (4,), 0, "no parent"),
-    ("Divide Here", (1,), 5, "first frame of the daughters"), ("Divide Here", (2, 4), 0, "begins in frame"),
-    ("Split Here", (1, 2), 3, "Select one track"), ("Split Here", (2,), 5, "cannot be split at frame 5"),
-    ("Swap From Here", (1,), 3, "Select two tracks"), ("Merge", (1,), 0, "two or more"), ("Delete", (), 0, "to remove"),
-])
-def test_what_cannot_be_done_is_said_and_changes_nothing(annotator, scene, button, ids, frame, message):
+def test_what_cannot_be_done_is_said_and_changes_nothing(annotator, scene):
     annotator.session.set_labels("committed_objects", scene.labels)
     before = tracks(annotator)
-    press(annotator, button, *ids, frame=frame)
-    assert message in annotator.notices.history[-1].text
-    assert tracks(annotator) == before
-    assert annotator.session.next_undo == "load"
+    for button, ids, frame, message in (
+        ("Link", (1,), 0, "Select the mother and its daughters"), ("Link", (1, 4), 0, "must end before"),
+        ("Unlink", (), 0, "Select the daughters"), ("Unlink", (4,), 0, "no parent"),
+        ("Divide Here", (1,), 5, "first frame of the daughters"), ("Divide Here", (2, 4), 0, "begins in frame"),
+        ("Split Here", (1, 2), 3, "Select one track"), ("Split Here", (2,), 5, "cannot be split at frame 5"),
+        ("Swap From Here", (1,), 3, "Select two tracks"), ("Merge", (1,), 0, "two or more"),
+        ("Delete", (), 0, "to remove"),
+    ):
+        press(annotator, button, *ids, frame=frame)
+        assert message in annotator.notices.history[-1].text
+        assert tracks(annotator) == before
+        assert annotator.session.next_undo == "load"
 
 
 def test_automatic_tracks_are_corrected_exported_and_imported(annotator, scene, tmp_path):

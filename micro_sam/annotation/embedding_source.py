@@ -14,8 +14,7 @@ import numpy as np
 
 from ..core.errors import InvalidInputError, require_positive_int
 from ..core.progress import Step, Steps
-from ..embeddings.encode import resolve_path
-from ..embeddings.encode import compute_embeddings_batched, embedding_steps
+from ..embeddings.encode import compute_embeddings_batched, embedding_steps, resolve_path
 from ..embeddings.features import ImageEmbeddings
 from ..embeddings.memory import MemorySink, feature_shape
 from ..embeddings.normalization import ItemReader, check_normalization

@@ -54,7 +54,7 @@ class SeriesDock(QWidget):
         layout.addWidget(self.state)
         self.list = QListWidget()
         self.list.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
-        self.list.setMinimumHeight(4 * (THUMBNAIL + 4))
+        self.list.setMinimumHeight(3 * (THUMBNAIL + 4))
         self.list.setToolTip("Double-click an image to save this one and go there.")
         self.list.itemActivated.connect(lambda item: self.jump(self.list.row(item)))
         layout.addWidget(self.list, 1)
