@@ -21,7 +21,9 @@ def record_commit(session: "AnnotationSession", entry: Entry, settings: Mapping[
     write_commit(
         args["path"], shape=session.image.shape, labels=session.objects.labels, box=delta.box,
         object_ids=_ids(entry).values(), layer=args["layer"], settings=settings,
-        prompts_by_object=prompts_by_object(session.mode, _ids(entry), prompts), attributes=_attributes(session),
+        prompts_by_object=prompts_by_object(
+            session.mode, _ids(entry), prompts, len(_ids(entry)) + len(args.get("rejected", ()))
+        ), attributes=_attributes(session),
         lineages=_lineages(session), corrects="corrected" in args,
     )
 
@@ -41,7 +43,9 @@ def _ids(entry: Entry) -> dict[int, int]:
     return {int(old): int(new) for old, new in entry.args["ids"]}
 
 
-def prompts_by_object(mode: str, ids: Mapping[int, int], prompts: Prompts) -> dict[int, Prompts]:
+def prompts_by_object(
+    mode: str, ids: Mapping[int, int], prompts: Prompts, n_candidates: int
+) -> dict[int, Prompts]:
     """Which prompts made which committed object, from the ids of the candidates.
 
     Candidates of one image are numbered in the order of `Prompts.split`; those of a time series are tracks.
@@ -50,7 +54,7 @@ def prompts_by_object(mode: str, ids: Mapping[int, int], prompts: Prompts) -> di
         return {}
     if mode == "tracking":
         found = {new: prompts.of_track(old) for old, new in ids.items()}
-    elif len(ids) == 1:
+    elif n_candidates == 1:
         found = dict.fromkeys(ids.values(), prompts)
     else:
         parts = dict(enumerate(prompts.split(), 1))

@@ -217,6 +217,7 @@ class AnnotationSession(ActionLog):
         self._act(
             "commit",
             {"layer": layer, "preserve": preserve, "threshold": threshold, "ids": list(commit.ids.items()),
+             "rejected": list(commit.rejected),
              "path": None if path is None else str(path)},
             {COMMITTED: commit.delta, layer: cleared},
             Prompts() if layer == CURRENT else None,

@@ -330,6 +330,8 @@ class LayerViews:
         layer.border_color_mode = "cycle"
         if tracking:
             layer.face_color_mode = "cycle"
+            # Ids of tracks are open-ended; of a category napari would make nan of one that is not in it yet.
+            layer.features = layer.features.astype({"track_id": object})
         layer.feature_defaults = self._next
         layer.mode = "add"
         for event in (layer.events.data, layer.events.features):

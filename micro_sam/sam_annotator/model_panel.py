@@ -165,8 +165,9 @@ class EmbeddingPanel(QWidget):
     def _follow_viewer(self) -> None:
         if self.viewer is not None:
             events = self.viewer.layers.events
-            for event in (events.inserted, events.removed, events.reordered, events.renamed):
-                event.connect(self.refresh_layers)
+            for name in ("inserted", "removed", "reordered", "renamed"):
+                if name in events.emitters:  # older versions of napari do not tell of all
+                    events.emitters[name].connect(self.refresh_layers)
 
     # Images
 

@@ -11,6 +11,7 @@ from ..annotation import review
 from ..annotation.session import COMMITTED
 from ..measurements import write_table
 from . import form as forms
+from .navigation import go_to
 from .panels import Panel
 from .tooltips import get_tooltip
 
@@ -94,6 +95,7 @@ class ObjectsPanel(Panel):
         self._measured: pd.DataFrame | None = None
         self._seen: set[int] = set()
         self._busy = False
+        self._watched: Any = None
         self._timer = QTimer(self)
         self._timer.setSingleShot(True)
         self._timer.setInterval(REFRESH_MS)
@@ -115,6 +117,7 @@ class ObjectsPanel(Panel):
         session, selected = self.annotator.session, self.selected
         if session is None:
             return
+        self._watch_picks()
         scores, objects = session.scores(), session.objects
         ids = objects.ids
         table = pd.DataFrame({
@@ -141,19 +144,11 @@ class ObjectsPanel(Panel):
 
     def show(self, object_id: int) -> None:
         """Move the viewer to an object and select its id in the layer."""
-        annotator = self.annotator
-        objects, views = annotator.session.objects, annotator.views
+        annotator, objects = self.annotator, self.annotator.session.objects
         planes = objects.planes(object_id)
         plane = None if annotator.mode == "2d" else planes[len(planes) // 2]
-        yx = np.argwhere(objects.mask(object_id, plane)).mean(axis=0)
-        world = annotator.session.image.transform.voxel_to_world(yx if plane is None else (plane, *yx))
-        axes = annotator.session.image.axes
-        point = list(annotator.viewer.dims.point)
-        for axis, value in zip(axes, world):
-            point[axis] = value
-        annotator.viewer.dims.point = point
-        annotator.viewer.camera.center = tuple(world[-2:]) if len(axes) == 2 else (0.0, *world[-2:])
-        views[COMMITTED].selected_label = object_id
+        go_to(annotator, plane, np.argwhere(objects.mask(object_id, plane)).mean(axis=0))
+        annotator.views[COMMITTED].selected_label = object_id
 
     def next_worst(self) -> None:
         """Go to the object with the lowest confidence among those not looked at yet."""
@@ -181,7 +176,7 @@ class ObjectsPanel(Panel):
         """Begin to correct the selected object."""
         ids = self.selected
         if len(ids) != 1:
-            self.annotator.notices.show_message("warning", "Select one object in the table to correct it.")
+            self.annotator.notices.warning("Select one object in the table to correct it.")
             return
         self.show(ids[0])
         self.annotator.attempt(lambda: self.annotator.session.start_correction(ids[0]))
@@ -191,7 +186,8 @@ class ObjectsPanel(Panel):
             self.annotator.attempt(lambda i=object_id: self.annotator.session.edit("remove", i))
 
     def merge(self) -> None:
-        self.annotator.attempt(lambda: self.annotator.session.edit("merge", self.selected))
+        overlap = {"overlap": True} if self.annotator.mode == "tracking" else {}
+        self.annotator.attempt(lambda: self.annotator.session.edit("merge", self.selected, **overlap))
 
     def measure(self) -> None:
         """Measure all objects in the background."""
@@ -207,10 +203,17 @@ class ObjectsPanel(Panel):
         if path:
             self.annotator.attempt(lambda: write_table(self.model.table, path, overwrite=True))
 
-    def picked(self, object_id: int) -> None:
+    def _watch_picks(self) -> None:
+        """Follow the picker of the layer, also of one that replaces a deleted one."""
+        layer = self.annotator.views[COMMITTED]
+        if layer is not self._watched:
+            layer.events.selected_label.connect(self._picked)
+            self._watched = layer
+
+    def _picked(self, event: Any) -> None:
         """An object was picked in the viewer."""
-        if object_id and not self._busy:
-            self.select([object_id])
+        if not self._busy and self._watched is self.annotator.views[COMMITTED]:
+            self.select([self._watched.selected_label])
 
     def _row_selected(self, *_: Any) -> None:
         if self._busy:

@@ -146,6 +146,8 @@ class AutoPanel(Panel):
         "center_distance_threshold": "Center distance threshold",
         "boundary_distance_threshold": "Boundary distance threshold",
         "foreground_threshold": "Foreground threshold",
+        "distance_smoothing": "Distance smoothing",
+        "nms_threshold": "Overlap threshold",
         "pred_iou_thresh": "Predicted IoU threshold",
         "stability_score_thresh": "Stability threshold",
         "box_nms_thresh": "Box NMS threshold",
@@ -153,6 +155,7 @@ class AutoPanel(Panel):
         "min_size": "Minimum object size",
         "gap_closing": "Gap closing",
         "min_z_extent": "Minimum extent",
+        "beta": "Merging of slices",
     }
     MODES = {"ais": "decoder (AIS)", "apg": "prompts from the decoder (APG)", "amg": "grid of points (AMG)"}
 
@@ -183,7 +186,9 @@ class AutoPanel(Panel):
                 value = getattr(defaults, name)
                 is_size = isinstance(value, int)
                 largest = 10_000 if name == "min_size" else 128 if name == "points_per_side" else 10
-                control = forms.integer(value, 0, largest) if is_size else forms.number(value)
+                control = forms.integer(value, 0, largest) if is_size else forms.number(
+                    value, maximum=20 if name == "distance_smoothing" else 1
+                )
                 rows[name] = (f"{self.LABELS[name]}:", control)
         self.controls = {name: control for name, (_, control) in rows.items()}
         while self.content.rowCount():

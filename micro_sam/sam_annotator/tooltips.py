@@ -20,6 +20,7 @@ _AUTO = {
     "gap_closing": "Objects that are missing in up to this many slices or frames in between are joined. 0 is off.",
     "min_extent": "Objects in fewer slices or frames are left out.",
     "min_z_extent": "Objects in fewer slices or frames are left out.",
+    "beta": "Above 0.5, objects of neighbouring slices are joined more readily, below less. 0 to 1.",
     "apply_to_volume": "Segment all slices and join them to objects in 3D, instead of the present slice.",
     "track_timeseries": "Segment and track all frames, instead of segmenting the present one.",
     "run_button": "Find all objects without prompts. They are shown in auto_segmentation until you commit them.",

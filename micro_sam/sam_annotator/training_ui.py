@@ -32,6 +32,8 @@ from .training_results import ResultBox, RichText, report_html
 if TYPE_CHECKING:
     import napari
 
+_SCROLL_AFTER_MS = 50
+
 
 class TrainingWidget(QWidget):
     """The dock of the finetuning.
@@ -48,6 +50,11 @@ class TrainingWidget(QWidget):
         self.runner = JobRunner(self)
         self._checked: tuple[TrainingForm, CheckedJob] | None = None
         self._training: CheckedJob | None = None
+        self._scroll_target: QWidget | None = None
+        self._scroll_timer = QTimer(self)  # a child, so that it ends with this widget
+        self._scroll_timer.setSingleShot(True)
+        self._scroll_timer.setInterval(_SCROLL_AFTER_MS)
+        self._scroll_timer.timeout.connect(lambda: self.column.ensureWidgetVisible(self._scroll_target, 0, 20))
         self._build()
         self.runner.progressed.connect(self._show_step)
         self.runner.failed.connect(self._failed)
@@ -195,7 +202,8 @@ class TrainingWidget(QWidget):
 
     def _scroll_to(self, widget: QWidget) -> None:
         """Show a widget that has just got its content, as soon as that has its place."""
-        QTimer.singleShot(50, lambda: self.column.ensureWidgetVisible(widget, 0, 20))
+        self._scroll_target = widget
+        self._scroll_timer.start()
 
     def _show_busy(self, *_: Any) -> None:
         busy = any(job.key == "train" for job in self.runner.jobs)

@@ -36,6 +36,7 @@ class EpochLoop(CheckpointedTrainer):
 
     def _run(self) -> Steps[None]:
         self._start_time = self._last_save = time.time()
+        self._last_loss = None
         self._earlier_time = self.train_time
         try:
             yield self._step_report()
@@ -43,6 +44,7 @@ class EpochLoop(CheckpointedTrainer):
                 yield from self._train_epoch_steps()
                 metric = yield from self._validate_steps()
                 self._finish_epoch(metric)
+                yield self._step_report()  # with the metric, also after the last epoch
         except KeyboardInterrupt:
             self._save_boundary()
             raise self._cancelled() from None
@@ -59,6 +61,8 @@ class EpochLoop(CheckpointedTrainer):
 
     def _step_report(self) -> Step:
         text = f"Epoch {min(self._epoch + 1, self.max_epoch)}/{self.max_epoch}"
+        if self._last_loss is not None:
+            text += f", loss {self._last_loss:.4f}"
         if math.isfinite(self.best_metric):
             text += f", metric {self.current_metric:.4f} (best {self.best_metric:.4f})"
         return Step(self._iteration, self.max_iteration, text)
@@ -92,6 +96,7 @@ class EpochLoop(CheckpointedTrainer):
             contributed += result is not None
             self._n_skipped += result is None
             if result is not None:
+                self._last_loss = float(result.loss)
                 self._log_train(x, y, result)
             self._iteration += 1
             self._position += 1
