@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = (1300, 900)
 MAX_BYTES = 300_000
 MODEL = "vit_t_lite"
+PAUSE = 1.0  # a factor for all waiting times
 SCENES: dict[str, Callable[["Stage"], Any]] = {}
 
 
@@ -84,7 +85,7 @@ def spin(seconds: float) -> None:
     """Let the windows do what they have to do."""
     from qtpy.QtWidgets import QApplication
 
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PAUSE * seconds
     while time.monotonic() < end:
         QApplication.processEvents()
         time.sleep(0.005)
@@ -122,8 +123,9 @@ def show_2d(stage: Stage) -> Any:
     click(dock, np.add(places[-1], (0, 34)), positive=False)
     stage.wait(dock)
     dock.prompt_panel.toggle()
-    dock.viewer.camera.center = (0, *np.mean(places, axis=0))
-    dock.viewer.camera.zoom *= 1.5
+    height, width = stage.images["nuclei"].shape
+    dock.viewer.camera.center = (0, height / 2, width / 4)
+    dock.viewer.camera.zoom *= 2
     return dock
 
 
@@ -154,7 +156,7 @@ def show_3d(stage: Stage) -> Any:
     plane = 2 * len(stage.images["volume"]) // 3
     dock.viewer.dims.set_current_step(0, plane)
     dock.segment_panel.batched.setChecked(True)
-    dock.views["point_prompts"].current_size = 6
+    dock.views["point_prompts"].current_size = 4
     for place in bright_spots(stage.images["volume"][plane]):
         click(dock, place, plane)
     stage.wait(dock)

@@ -44,7 +44,8 @@ NOMINAL_ZOOM = {
     "fluo_256": 2.0, "fluo_360": 1.42, "purple_256x320": 1.6, "fluo_large": 1.1, "graytissue_1024": 1.0, "set": 1.0,
     "ec": 1.5,
 }
-ZOOM_RANGE = {"fluo_large": (0.65, 1.45), "graytissue_1024": (0.7, 1.6)}
+# Automatic segmentation sees large images on a canvas of 1024, prompts see them on one of 512.
+ZOOM_RANGE = {"fluo_large": (0.4, 1.45), "graytissue_1024": (0.4, 1.6)}
 DEFAULT_ZOOM_RANGE = (0.65, 1.35)
 PROMPTS_ONLY = ("ec",)
 

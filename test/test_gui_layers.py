@@ -526,6 +526,29 @@ def test_launched_twice_in_one_viewer(viewer, annotate, cells_image, monkeypatch
     assert second.session.prompts.is_empty
 
 
+def test_closed_dock_and_opened_again(new_viewer, annotate, cells_image):
+    from qtpy.QtWidgets import QDockWidget
+    viewer = new_viewer(show=True)
+    image = viewer.add_image(cells_image, name="image")
+    first = annotate(viewer, image)
+    first.views["point_prompts"].add([[1, 2]])
+    first.session.set_labels("current_object", np.where(_disk(cells_image.shape, (50, 50), 9), 1, 0))
+    content = _content(first)
+    dock = next(d for d in viewer.window._qt_window.findChildren(QDockWidget) if d.widget() is first)
+    dock.title.close_button.click()
+    _spin()
+    assert first.views.closed
+    viewer.layers.remove("prompts")  # nothing holds on to the layers any more
+    _spin()
+    assert "prompts" not in viewer.layers
+    viewer.layers["point_prompts"].add([[5, 5]])
+    second = annotate(viewer, image)
+    assert sorted(layer.name for layer in viewer.layers) == sorted(["image", *FIVE])
+    _assert_content(second, content)
+    second.undo()
+    assert not second.session.labels["current_object"].any()
+
+
 def test_images_keep_their_annotations(viewer, annotate, cells_image, rgb_image):
     one = viewer.add_image(cells_image, name="one", scale=(2, 2))
     two = viewer.add_image(rgb_image[:100], name="two", rgb=True, translate=(5, 5))

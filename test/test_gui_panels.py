@@ -124,7 +124,8 @@ def test_shadowed_keys_are_those_that_napari_takes(viewer, bind, calls, kind):
             taken.append(key)
     assert taken == shadowed_keys(type(layer), key_map("3d", series=True).values())
     expected = {"image": {"C"}, "points": {"S"}, "shapes": {"S", "T", "Escape"}, "tracks": set()}
-    assert expected.get(kind, {"Control-Z", "Control-Shift-Z", "Escape"}) == set(taken)
+    # Older versions of napari take fewer keys.
+    assert expected.get(kind, {"Control-Z", "Control-Shift-Z", "Escape"}) >= set(taken)
 
 
 def test_our_keys_are_no_shortcuts_of_the_window(viewer):
@@ -667,12 +668,11 @@ def test_every_field_of_the_panel_has_a_tooltip(panel):
 
 def test_functions_are_not_hidden_by_the_modules_of_their_name():
     code = """
-import sys, types
+import importlib.util, sys, types
 import micro_sam.sam_annotator as package
 assert not [m for m in ("napari", "qtpy", "torch") if m in sys.modules]
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        import importlib.util
         if name == "micro_sam.sam_annotator.annotator_2d":
             return importlib.util.spec_from_loader(name, self)
     def create_module(self, spec): return None

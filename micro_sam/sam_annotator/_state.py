@@ -18,6 +18,7 @@ from ..annotation.session import CURRENT, AnnotationSession
 from ..annotation.task import Task
 from ..core.errors import EmbeddingCacheError, InvalidInputError, NotInitializedError
 from ..core.progress import drain
+from ..embeddings.signature import compute_legacy_data_signature
 from ..models import registry
 from ..segmentation.amg import AMGBase
 from ..segmentation.factory import get_segmentation_mode
@@ -45,7 +46,7 @@ class AnnotatorState:
         image_scale: Size of a voxel per axis.
         image_name: Name of the image.
         embedding_path: The folder of the embeddings; None if they are in memory.
-        data_signature: Fingerprint of the image, which is read for it once.
+        data_signature: SHA-1 of the image, which is read for it.
         amg: Segmenter with what it computed for the image; None before that, and for volumes and time series.
         amg_state: For volumes and time series what automatic segmentation has computed, by plane.
         current_track_id: The track that new prompts belong to; None unless tracks are annotated. Likewise:
@@ -339,7 +340,7 @@ _OF_MODEL: dict[str, Callable[[AnnotationSession], Any]] = {
     "embedding_path": lambda session: (
         None if session.embeddings is None or session.embeddings.path is None else str(session.embeddings.path)
     ),
-    "data_signature": lambda session: session.image.signature(),
+    "data_signature": lambda session: compute_legacy_data_signature(session.image.array),
     "amg": _segmenter,
     "amg_state": lambda session: None if session.n_planes is None else _plane_states(session),
 }

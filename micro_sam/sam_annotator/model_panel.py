@@ -165,9 +165,11 @@ class EmbeddingPanel(QWidget):
     def _follow_viewer(self) -> None:
         if self.viewer is not None:
             events = self.viewer.layers.events
-            for name in ("inserted", "removed", "reordered", "renamed"):
-                if name in events.emitters:  # older versions of napari do not tell of all
-                    events.emitters[name].connect(self.refresh_layers)
+            for event in (events.inserted, events.removed, events.reordered):
+                event.connect(self.refresh_layers)
+            events.inserted.connect(lambda event: event.value.events.name.connect(self.refresh_layers))
+            for layer in self.viewer.layers:
+                layer.events.name.connect(self.refresh_layers)
 
     # Images
 
