@@ -192,6 +192,52 @@ IMAGES = {  # mode, shape of the layer, its options, and where voxel (1, 20, 30)
 }
 
 
+def test_annotations_are_shown_with_each_channel(new_viewer, annotate, cells_image):
+    viewer = new_viewer(show=True)
+    layer = viewer.add_image(np.stack([cells_image] * 4, axis=-1), rgb=False, scale=(2, 2, 1), name="channels")
+    annotator = annotate(viewer, layer)
+    session, views = annotator.session, annotator.views
+    assert session.image.shape == cells_image.shape
+    viewer.window._qt_window.resize(1200, 900)
+    _spin(seconds=0.5)
+    viewer.reset_view()
+    for channel in (1, 2):
+        viewer.dims.set_current_step(2, channel)
+        _spin()
+        _mouse(viewer, (100 + 40 * channel, 120))
+        labels = views["committed_objects"]
+        viewer.layers.selection.active = labels
+        labels.mode, labels.brush_size, labels.selected_label = "paint", 9, channel
+        _mouse(viewer, (100 + 40 * channel, 200))
+        viewer.layers.selection.active = views["point_prompts"]
+    views["prompts"].add_rectangles([[20, 20, 0], [20, 30, 0], [30, 30, 0], [30, 20, 0]])
+    np.testing.assert_allclose([p.position for p in session.prompts.points], [(70, 60), (90, 60)], atol=1)
+    assert [session.labels["committed_objects"][y, 100] for y in (70, 90)] == [1, 2]
+    annotator.undo()
+    annotator.redo()  # the layers are filled anew
+    assert viewer.dims.range[2].stop == 3
+    for channel in range(4):
+        viewer.dims.set_current_step(2, channel)
+        _spin()
+        assert views["committed_objects"].get_value((180, 200, channel), world=True) == 2
+        assert views["point_prompts"].get_value((180, 120, channel), world=True) == 1
+        red, green, blue = np.moveaxis(viewer.screenshot(canvas_only=True, flash=False)[..., :3].astype(int), -1, 0)
+        is_point = (red < 20) & (blue < 20) & (green > 240)
+        assert 0.001 < is_point.mean() < 0.02
+        assert ((red < 20) & (blue < 20) & (green > 60) & (green < 140)).sum() > 200, "the box is shown"
+
+
+def test_tracks_with_an_axis_of_length_one(viewer, annotate, cells_image):
+    series = np.stack([cells_image] * 3)[:, None]
+    annotator = annotate(viewer, viewer.add_image(series, scale=(2, 1, 3, 3)), "tracking")
+    tracks = np.zeros((3, 128, 160), int)
+    tracks[:, 4:9, 4:9] = 1
+    annotator.session.set_labels("committed_objects", tracks)
+    layer = viewer.layers["tracks"]
+    np.testing.assert_allclose(layer.data, [[1, t, 0, 6, 6] for t in range(3)])
+    np.testing.assert_allclose(layer.scale, (2, 1, 3, 3))
+
+
 @pytest.mark.parametrize("kind", IMAGES)
 def test_every_kind_of_image(viewer, annotate, kind):
     mode, shape, options, voxel = IMAGES[kind]
@@ -208,7 +254,7 @@ def test_every_kind_of_image(viewer, annotate, kind):
     world = views["point_prompts"].data_to_world(voxel)
     expected = layer.data_to_world((0,) * (layer.ndim - len(voxel)) + tuple(voxel))[-len(voxel):]
     for name in FIVE:
-        np.testing.assert_allclose(views[name].data_to_world(voxel), expected)
+        np.testing.assert_allclose(views[name].data_to_world(voxel), expected, atol=1e-12)
         assert views[name].ndim == len(voxel)
     front = (0,) * (viewer.dims.ndim - len(world))
     viewer.dims.point = (*front, *world)

@@ -6,13 +6,15 @@ A widget reads its controls, calls the session, and shows the result; decisions 
 
 import weakref
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from napari.layers import Image, Labels
-from qtpy.QtCore import Qt, QTimer
+from qtpy.compat import isalive
+from qtpy.QtCore import QEvent, Qt, QTimer
 from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QScrollArea, QSizePolicy, QVBoxLayout, QWidget
 
 from ..annotation import opening, tasks
@@ -29,7 +31,7 @@ from .confidence_strip import ConfidenceView
 from .help_overlay import HelpOverlay, canvas_of
 from .jobs import JobRunner
 from .keys import KeyBindings, bind
-from .layers import POINTS, LayerViews, image_from_layer
+from .layers import POINTS, LayerViews, image_from_layer, is_left_behind
 from .model_panel import EmbeddingPanel, EmbeddingRequest
 from .notices import NoticeLine
 from .objects_panel import ObjectsPanel
@@ -66,6 +68,7 @@ class Annotator(QWidget):
 
     mode = "2d"
     title = "Annotator 2d"
+    _was_docked = False
 
     def __init__(
         self,
@@ -76,6 +79,9 @@ class Annotator(QWidget):
         model_loader: Callable[..., Any] | None = None,
     ):
         super().__init__()
+        # A viewer has one set of layers and keys: this annotator goes on with what another one has begun.
+        for other in [annotator for annotator in _ACTIVE if annotator.viewer is viewer]:
+            other.leave()
         self.viewer, self.model_loader = viewer, model_loader
         self.session: AnnotationSession | None = None
         self.views: LayerViews | None = None
@@ -92,6 +98,7 @@ class Annotator(QWidget):
         _ACTIVE.append(self)
         # A window that is closed deletes its docks without closing them.
         self.destroyed.connect(partial(_release, self._kept, weakref.ref(self)))
+        viewer.window._qt_window.installEventFilter(self)
         if layer is not None:
             self.begin(layer)
         elif begin:
@@ -196,6 +203,7 @@ class Annotator(QWidget):
             return
         image = image_from_layer(layer, self.mode)
         found = [] if segmentation is not None else self._labels_of_user(image.shape)
+        recover |= any(is_left_behind(labels) for labels in found)
         session = self._kept.get(layer)
         if session is None:
             unfinished = opening.unfinished(image, self.mode)
@@ -208,11 +216,11 @@ class Annotator(QWidget):
                     self._offer_recovery(layer, image, unfinished[0])
             self._kept[layer] = session
         self._show(layer, session)
-        if segmentation is None and found:
-            segmentation = found[0].data
-            self.viewer.layers.remove(found[0])
         if segmentation is not None:
             session.set_labels(COMMITTED, segmentation, parents=parents)
+        elif found and self.attempt(session.set_labels, COMMITTED, found[0].data) is not None:
+            if found[0] in self.viewer.layers:  # what an annotator has left is gone already
+                self.viewer.layers.remove(found[0])
 
     def forget(self, layer: Image) -> None:
         """Close the annotation of an image that is not shown any more; its journal stays."""
@@ -246,6 +254,7 @@ class Annotator(QWidget):
         self.session = session
         self.views = LayerViews(self.viewer, session, layer, self._prompted, self._layer_created)
         self._bind_keys()
+        self.views.choose_label(self.prompt_panel.positive)
         session.events.message.connect(self._show_notice)
         session.events.model.connect(self._show_model)
         session.events.history.connect(self._show_history)
@@ -278,9 +287,11 @@ class Annotator(QWidget):
 
     def _offer_recovery(self, layer: Image, image: Any, path: Path) -> None:
         known = summary(path)
+        moment = known.last_change
+        when = "" if moment is None else f", last change {datetime.fromtimestamp(moment):%d %b %H:%M}"
         question = Question(
-            f"An annotation of '{image.name}' was not saved: {known.n_committed} objects, {known.n_actions} actions, "
-            f"last change {known.last_change:%d %b %H:%M}.", ("Recover", "Discard"),
+            f"An annotation of '{image.name}' was not saved: {known.n_objects} objects, {known.n_actions} actions"
+            f"{when}.", ("Recover", "Discard"),
         )
 
         def answer(text: str) -> None:
@@ -417,15 +428,45 @@ class Annotator(QWidget):
         self.shut_down()
         super().closeEvent(event)
 
+    def event(self, event: Any) -> bool:
+        """The x of its dock takes an annotator out of the window without closing it."""
+        if event.type() == QEvent.Type.ParentChange:
+            if self._was_docked and self.parent() is None:
+                self.shut_down()
+            self._was_docked = self.parent() is not None
+        return super().event(event)
+
+    def eventFilter(self, watched: Any, event: Any) -> bool:
+        """Shut down with the window, unless the user does not confirm that it is to be closed."""
+        if event.type() == QEvent.Type.Close:
+            QTimer.singleShot(0, lambda: self._follow_window(watched))
+        return super().eventFilter(watched, event)
+
+    def _follow_window(self, window: Any) -> None:
+        if not isalive(window) or not window.isVisible():
+            self.shut_down()
+
+    def leave(self) -> None:
+        """Shut down and go out of the window; the layers stay until another annotator takes over."""
+        self.shut_down()
+        try:
+            self.viewer.window.remove_dock_widget(self)
+        except LookupError:  # it is in no dock
+            self.close()
+
     def shut_down(self) -> None:
-        """Stop all work and close the journals."""
-        self.runner.close()
+        """Stop all work, close the journals, give keys back."""
+        if self not in _ACTIVE:
+            return
+        _ACTIVE.remove(self)
+        if self._keys is not None:
+            self._keys.unbind()
         if self.views is not None:
             self.views.close()
+        if isalive(self.runner):
+            self.runner.close()
         for session in self._kept.values():
             session.close()
-        if self in _ACTIVE:
-            _ACTIVE.remove(self)
 
     # Helpers
 

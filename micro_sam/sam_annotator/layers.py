@@ -25,6 +25,7 @@ from ..core.errors import MicroSamError
 
 IMAGE, POINTS, SHAPES, TRACKS = "image", "point_prompts", "prompts", "tracks"
 LABEL_COLORS = {"positive": "#00FF00", "negative": "#FF0000"}
+POINT_SIZE = 12  # in voxels
 STATE_COLORS = {"track": "#00FFFF", "division": "#FF00FF"}
 _FINISHED = (ActionType.ADDED, ActionType.REMOVED, ActionType.CHANGED)
 _PLACEMENT = ("scale", "translate", "rotate", "shear", "affine")
@@ -171,6 +172,7 @@ class LayerViews:
         from ..annotation.tracks import tracks_layer_data
         data, graph = tracks_layer_data(self.session.labels[COMMITTED], self.session.objects.parents)
         layer = self._layers.get(TRACKS)
+        data = np.column_stack([data[:, 0], self._lift(data[:, 1:])])
         if not len(data):
             if layer is not None and layer in self.viewer.layers:
                 with self._quiet():
@@ -319,13 +321,16 @@ class LayerViews:
 
     def _create_points(self) -> Points:
         tracking = self.session.mode == "tracking"
+        placement = self._placement()
+        # napari takes sizes as voxels of the last axis, which may be that of the channels.
+        size = POINT_SIZE * abs(placement["scale"][self.session.image.axes[-1]] / placement["scale"][-1])
         layer = self.viewer.add_points(
-            ndim=self._ndim, name=POINTS, property_choices=self._choices, size=12, symbol="disc",
+            ndim=self._ndim, name=POINTS, property_choices=self._choices, size=size, symbol="disc",
             border_color="label", border_color_cycle=list(LABEL_COLORS.values()),
             border_width=0.4 if tracking else 0.5, border_width_is_relative=True,
             **({"face_color": "state", "face_color_cycle": list(STATE_COLORS.values())} if tracking
                else {"face_color": "transparent"}),
-            **self._placement(),
+            **placement,
         )
         layer.border_color_mode = "cycle"
         if tracking:
@@ -362,8 +367,11 @@ class LayerViews:
 
     def _placement(self) -> dict[str, Any]:
         image, n = self.image_layer, self._ndim
+        # An axis of channels has one voxel of ours, which is as long as all channels: it is shown with each of them.
+        lengths = np.diff(image.extent.data, axis=0)[0, -n:] + 1
+        stretch = [2 * lengths[a] if a in self._extra and lengths[a] > 1 else 1 for a in range(-n, 0)]
         placement = {
-            "scale": image.scale[-n:], "translate": image.translate[-n:], "rotate": image.rotate[-n:, -n:],
+            "scale": image.scale[-n:] * stretch, "translate": image.translate[-n:], "rotate": image.rotate[-n:, -n:],
             "affine": image.affine.affine_matrix[-n - 1:, -n - 1:],
         }
         if n == image.ndim:
