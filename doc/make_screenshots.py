@@ -131,15 +131,13 @@ def show_2d(stage: Stage) -> Any:
 
 @scene
 def show_objects(stage: Stage) -> Any:
-    """All objects found automatically and measured; the doubtful one is being corrected."""
+    """All objects found automatically; the most doubtful one is being corrected."""
     from micro_sam.sam_annotator.annotator_2d import Annotator2d
 
     dock = stage.annotator(Annotator2d, "nuclei")
     dock.auto_segment()
     stage.wait(dock)
     dock.commit()
-    dock.objects_panel.measure()
-    stage.wait(dock)
     dock.objects_panel.next_worst()
     stage.wait(dock)
     dock.objects_panel.correct()
@@ -295,6 +293,7 @@ def show_settings(stage: Stage) -> Any:
         if hidden is not None:
             os.environ["MICROSAM_CACHEDIR"] = hidden
     dock.folder.path = "~/.cache/micro_sam"
+    dock.folder.line.home(False)
     return dock
 
 
@@ -308,7 +307,7 @@ def show_help(stage: Stage) -> Any:
     layer = viewer.add_image(stage.images["volume"], name="image")
     dock = add_dock(viewer, Annotator3d, layer=layer, model_loader=stage.loader)
     dock.embedding_panel.set_model(MODEL)
-    spin(0.2)
+    spin(0.6)
     viewer.reset_view()
     dock.help.toggle()
     return dock

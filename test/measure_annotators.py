@@ -96,14 +96,15 @@ def measure_blocks():
     measure("embeddings of 36 slices", annotator._embed_rest)
     annotator.auto_panel.whole.setChecked(True)
     annotator.auto_segment()
-    spin(annotator, 1)
+    annotator.runner.wait(1)
     start = time.monotonic()
     annotator.cancel()
     spin(annotator, 0)
     print(f"cancel: {time.monotonic() - start:.2f} s")
     measure("automatic segmentation of the volume", annotator.auto_segment)
-    plane = 18
-    labels = session.labels["auto_segmentation"][plane]
+    labels = session.labels["auto_segmentation"]
+    plane = int((labels > 0).sum((1, 2)).argmax())
+    labels = labels[plane]
     where = np.argwhere(labels == np.bincount(labels[labels > 0]).argmax())
     (y0, x0), (y1, x1) = where.min(0), where.max(0)
     annotator.viewer.dims.set_current_step(0, plane)

@@ -179,7 +179,7 @@ def test_3d_a_slice_then_all_slices_then_the_volume(open_annotator, tmp_path):
     annotator.auto_panel.whole.setChecked(True)
     annotator.auto_segment()
     settle(annotator)
-    assert len(np.unique(np.nonzero(session.labels["auto_segmentation"])[0])) > 3
+    assert len(np.unique(np.nonzero(session.labels["auto_segmentation"])[0])) > 1
     press(annotator, "C")
     assert session.objects.planes(1) == planes, "committed objects are kept"
     assert len(session.objects.ids) > 1

@@ -61,7 +61,8 @@ def test_help_is_light_and_quick(command):
 
 
 def test_every_command_is_checked_here():
-    assert {m.name for m in pkgutil.iter_modules(micro_sam.cli.__path__)} - {"_common"} == {c.split(":")[0] for c in COMMANDS}
+    modules = {m.name for m in pkgutil.iter_modules(micro_sam.cli.__path__)}
+    assert modules - {"_common"} == {c.split(":")[0] for c in COMMANDS}
 
 
 def test_segment_is_found_lazily():
