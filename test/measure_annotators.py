@@ -164,19 +164,22 @@ def measure_training():
         imageio.imwrite(folder / "images" / f"{name}.tif", imageio.imread(data / "nuclei.png"))
         imageio.imwrite(folder / "labels" / f"{name}.tif", tifffile.imread(data / "nuclei_labels.tif"))
     viewer = napari.Viewer()
-    widget = TrainingWidget()
+    widget = TrainingWidget(viewer)
     viewer.window.add_dock_widget(widget)
-    widget.set_values(
-        images=folder / "images", labels=folder / "labels", model="vit_t_lite", n_epochs=1, patch_shape=(128, 128),
-        output_folder=folder,
-    )
+    widget.runner.wait(60)
+    fields = widget.fields
+    fields.images.path, fields.labels.path, fields.save_root.path = folder / "images", folder / "labels", folder
+    fields.family.setCurrentIndex(fields.family.findText("Included (offline)"))
+    fields.patch.value = (128, 128)
+    fields.name.setText("measured")
+    widget.check.click()
+    widget.runner.wait(120)
     with Watchdog() as watchdog:
-        widget.start()
-        end = time.monotonic() + 40
-        while widget.runner.busy and time.monotonic() < end:
-            widget.runner.wait(0.2)
-        widget.cancel()
+        widget.start.click()
+        widget.runner.wait(60)
+        assert widget.runner.busy, widget.report.text()
         start = time.monotonic()
+        widget.runner.cancel_all()
         widget.runner.wait(60)
     print(f"training: longest block {watchdog.worst * 1000:.0f} ms, cancel {time.monotonic() - start:.2f} s")
     viewer.close()

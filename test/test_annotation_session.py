@@ -409,3 +409,19 @@ def test_a_commit_that_cannot_be_recorded_is_taken_back(cache):
         session.commit(path=path)
     assert_same(snapshot(session), before)
     np.testing.assert_array_equal(read_commit_record(path).labels[:], other.labels[COMMITTED])
+
+
+@pytest.mark.parametrize("mode", ["2d", "3d", "tracking"])
+def test_objects_are_measured_in_the_unit_of_the_image_or_in_pixels(mode):
+    shape = (48, 64) if mode == "2d" else (5, 48, 64)
+    column = "volume" if mode == "3d" else "area"
+    for units, expected in (("pixel", 64), ("micrometer", 8 if mode == "3d" else 16)):
+        image = AnnotationImage.create(
+            np.zeros(shape, "uint8"), mode=mode, scale=(0.5,) * len(shape), units=(units,) * len(shape)
+        )
+        session = AnnotationSession(image, mode=mode)
+        session.set_labels(CURRENT, square(session, 4, 4))
+        session.commit()
+        table = session.run(tasks.measure(session))
+        assert table["id"].tolist() == [1]
+        assert table[column].iloc[0] == expected

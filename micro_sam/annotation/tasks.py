@@ -17,6 +17,7 @@ from ..core.errors import InvalidInputError
 from ..core.masks import crop_mask
 from ..core.progress import Step, Steps
 from ..editing.refine import refine_mask
+from ..tracking.lineage import TrackForest
 from .automatic import AutomaticSource, AutoSettings, advice
 from .batches import batch_state, confidence_state, confidence_with, show_in_plane, split_objects
 from .embedding_source import EmbeddingSource
@@ -310,11 +311,21 @@ def score(session: AnnotationSession) -> Task[dict[int, Any], int]:
 
 
 def measure(session: AnnotationSession) -> Task[Any, Any]:
-    """Measure size, shape and intensity of the committed objects; gives a table with one row for each."""
+    """Measure size, shape and intensity of the committed objects.
+
+    Gives a table with the column `id`, one row for each object, or for each track and frame; in the unit of the image
+    if it has one, else in pixels.
+    """
     labels, image = session.labels[COMMITTED], session.image
+    tracks = session.objects.tracks.values() if session.mode == "tracking" else None
+    units = set((image.units or ())[-2:]) if tracks is not None else set(image.units or ())
+    unit = units.pop() if len(units) == 1 else "pixel"
+    known = {} if unit == "pixel" or image.scale is None else {"scale": image.scale, "unit": unit}
 
     def steps():
-        return (yield from measure_steps(labels, image.array, scale=image.scale))
+        lineages = None if tracks is None else TrackForest(tracks).lineages()
+        table = yield from measure_steps(labels, image.array, lineages=lineages, **known)
+        return table.reset_index().rename(columns={"label": "id", "track": "id"})
 
     return Task("Measure objects", steps, lambda table: table, uses_model=False)
 

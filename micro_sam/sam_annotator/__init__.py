@@ -1,8 +1,30 @@
 """The napari annotators. Names are looked up when they are used, so that importing this package loads no Qt."""
 
+import ctypes
 import importlib
+import importlib.util
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
+
+
+def _keep_llvm_apart() -> None:
+    """Let triton, which torch may import, bind to its own LLVM.
+
+    The OpenGL of Mesa has another one. If that is loaded first, as in a viewer that is open already, triton would take
+    its functions and crash the process.
+    """
+    if not sys.platform.startswith("linux") or "triton" in sys.modules:
+        return
+    found = importlib.util.find_spec("triton")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        library = Path(folder) / "_C" / "libtriton.so"
+        if library.is_file():
+            ctypes.CDLL(str(library), mode=os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+
+
+_keep_llvm_apart()
 
 _FUNCTIONS = {
     "annotator_2d": "annotator_2d",

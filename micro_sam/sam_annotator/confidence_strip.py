@@ -1,7 +1,6 @@
 """How sure the model is of the current object in each slice or frame, and the way to the doubtful ones."""
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -157,7 +156,7 @@ class ConfidenceView(QWidget):
         self._timer.timeout.connect(self.refresh)
         steps = annotator.viewer.dims.events.current_step
         steps.connect(self._moved)
-        self.destroyed.connect(partial(steps.disconnect, self._moved))
+        self.destroyed.connect(lambda *_, slot=self._moved: steps.disconnect(slot))
         self.hide()
 
     def follow(self, session: Any) -> None:

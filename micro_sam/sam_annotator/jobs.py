@@ -27,6 +27,7 @@ REPORT_SECONDS = 0.05  # between two reports of the progress of one job
 CLOSE_SECONDS = 3.0
 EXIT_SECONDS = 30.0
 _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+_owners: set[QObject] = set()
 
 
 @atexit.register
@@ -236,6 +237,10 @@ class JobRunner(QObject):
 
     def __init__(self, parent: QObject | None = None):
         super().__init__(parent)
+        if parent is not None:
+            # Qt has to delete a dock with a runner: Python's garbage collector crashes on it.
+            _owners.add(parent)
+            parent.destroyed.connect(lambda *_, owner=parent: _owners.discard(owner))
         self._jobs: list[Job] = []
         self._callbacks: dict[Job, tuple[Callable | None, Callable | None]] = {}
         self._reported: dict[Job, tuple[float, Step | None]] = {}

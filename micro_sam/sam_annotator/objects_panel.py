@@ -192,7 +192,9 @@ class ObjectsPanel(Panel):
     def measure(self) -> None:
         """Measure all objects in the background."""
         def done(table: pd.DataFrame) -> None:
-            self._measured = table.rename(columns={"label": "id"}).drop(columns=["size"], errors="ignore")
+            if table["id"].duplicated().any():  # tracks: the mean over their frames
+                table = table.groupby("id").mean(numeric_only=True).reset_index()
+            self._measured = table.drop(columns=["size", "n_pixels", "confidence"], errors="ignore")
             self.refresh()
 
         self.annotator.measure(done)
