@@ -575,8 +575,9 @@ def own_settings(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def settings(app, own_settings):
+def settings(app, own_settings, monkeypatch, tmp_path):
     from micro_sam.sam_annotator.settings_widget import settings_widget
+    monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path / "cache"))
     widget = settings_widget()
     widget.show()
     assert widget.runner.wait()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..annotation.geometry import AnnotationImage
+from ..core.errors import UnsupportedError
 from .annotator import Annotator
 from .launch import launch
 
@@ -15,7 +16,9 @@ class AnnotatorTracking(Annotator):
 
     mode, title = "tracking", "Annotator Tracking"
 
-    def __init__(self, viewer: "napari.viewer.Viewer", **options: Any):  # noqa: F821 - napari looks at the name
+    def __init__(self, viewer: "napari.viewer.Viewer", reset_state: bool = True, **options: Any):  # noqa: F821
+        if not reset_state:
+            raise UnsupportedError("Each annotator has a session of its own: leave out reset_state=False.")
         super().__init__(viewer, **options)
 
 
