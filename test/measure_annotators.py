@@ -1,6 +1,6 @@
 """Measures what users of the annotators feel: latency of a click, the longest block of the event loop, memory.
 
-    python test/measure_annotators.py latency|blocks|memory|training
+    python test/measure_annotators.py latency|blocks|memory
 
 Needs a screen, or a virtual one with OpenGL. Run it with nothing else on the machine; the figures are in
 doc/performance.md. `latency` is the time from a click on the canvas to the mask in the layer that is drawn; `blocks`
@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
 import psutil
 import tifffile
@@ -149,42 +148,6 @@ def measure_memory(n_objects=50):
     annotator.viewer.close()
 
 
-def measure_training():
-    """A finetuning on two small images, in the widget."""
-    import napari
-
-    from micro_sam.sam_annotator.jobs import Watchdog
-    from micro_sam.sam_annotator.training_ui import TrainingWidget
-
-    folder = Path(tempfile.mkdtemp())
-    data = Path(__file__).parent / "data"
-    for kind in ("images", "labels"):
-        (folder / kind).mkdir()
-    for name in ("a", "b", "c"):
-        imageio.imwrite(folder / "images" / f"{name}.tif", imageio.imread(data / "nuclei.png"))
-        imageio.imwrite(folder / "labels" / f"{name}.tif", tifffile.imread(data / "nuclei_labels.tif"))
-    viewer = napari.Viewer()
-    widget = TrainingWidget(viewer)
-    viewer.window.add_dock_widget(widget)
-    widget.runner.wait(60)
-    fields = widget.fields
-    fields.images.path, fields.labels.path, fields.save_root.path = folder / "images", folder / "labels", folder
-    fields.family.setCurrentIndex(fields.family.findText("Included (offline)"))
-    fields.patch.value = (128, 128)
-    fields.name.setText("measured")
-    widget.check.click()
-    widget.runner.wait(120)
-    with Watchdog() as watchdog:
-        widget.start.click()
-        widget.runner.wait(60)
-        assert widget.runner.busy, widget.report.text()
-        start = time.monotonic()
-        widget.runner.cancel_all()
-        widget.runner.wait(60)
-    print(f"training: longest block {watchdog.worst * 1000:.0f} ms, cancel {time.monotonic() - start:.2f} s")
-    viewer.close()
-
-
 def _disc(y, x, radius=20):
     from micro_sam.core.masks import crop_mask
 
@@ -194,9 +157,8 @@ def _disc(y, x, radius=20):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("latency", "blocks", "memory", "training"))
+    parser.add_argument("what", choices=("latency", "blocks", "memory"))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["MICROSAM_CACHEDIR"] = cache
-        {"latency": measure_latency, "blocks": measure_blocks, "memory": measure_memory,
-         "training": measure_training}[parser.parse_args().what]()
+        {"latency": measure_latency, "blocks": measure_blocks, "memory": measure_memory}[parser.parse_args().what]()
     sys.exit()

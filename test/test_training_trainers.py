@@ -592,4 +592,7 @@ def test_progress_of_widgets_and_steps(tmp_path):
     assert any("metric" in value and "left" in value for name, value in signals.emitted if name == "pbar_description")
     steps = list(make_trainer(tmp_path).fit_steps(epochs=1))
     assert all(isinstance(step, Step) for step in steps)
-    assert [step.done for step in steps] == [0, 1, 2]
+    assert [step.done for step in steps] == [0, 1, 2, 2], "the last one tells the metric"
+    assert "loss" in steps[1].text
+    assert "metric" not in steps[2].text
+    assert "metric" in steps[3].text
