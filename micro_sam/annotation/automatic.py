@@ -24,7 +24,7 @@ from ..core.errors import (
     UnsafeCheckpointError,
 )
 from ..core.labels import mask_data_to_segmentation, relabel_consecutive
-from ..core.progress import Step, Steps
+from ..core.progress import Step, Steps, during
 from ..precompute_state import amg_state_steps, is_state_steps
 from ..segmentation.ais import MAP_NAMES
 from ..segmentation.amg import AMGBase
@@ -37,7 +37,6 @@ from ..tracking.workflow import tracking_steps
 from ..volume.merge import merge_steps
 from .defaults import panel_defaults
 from .embedding_source import EmbeddingSource, image_array
-from .volume import during
 
 logger = logging.getLogger(__name__)
 

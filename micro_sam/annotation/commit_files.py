@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from .action_log import COMMITTED
 from .commit_record import revert_commit, write_commit
 from .journal import Entry
 from .prompt_data import Prompts
-
-COMMITTED = "committed_objects"
 
 if TYPE_CHECKING:
     from .session import AnnotationSession

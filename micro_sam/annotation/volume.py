@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from segment_anything import SamPredictor
 
 from ..core.masks import BoxedMask
-from ..core.progress import Step, Steps
+from ..core.progress import Step, Steps, during
 from ..embeddings.features import ImageEmbeddings
 from ..volume.propagate import PropagatedObject, propagate_objects_steps
 from ..volume.propagation_prompts import SlicePrompts
@@ -173,19 +173,6 @@ def _segment_steps(
         done += 1
         yield Step(done, len(by_plane), text)
     return notes
-
-
-def during(steps: Steps, step: Step) -> Steps:
-    """Run other steps to their end, with `step` in place of each of them: one bar over several pieces of work."""
-    try:
-        while True:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                return stop.value
-            yield step
-    finally:
-        steps.close()
 
 
 def _name(object_id: int, objects: Mapping[int, _Object]) -> str:

@@ -111,6 +111,19 @@ def drain(
         steps.close()
 
 
+def during(steps: Steps[T], step: Step) -> Steps[T]:
+    """Run other steps to their end, with `step` in place of each of them: one bar over several pieces of work."""
+    try:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                return stop.value
+            yield step
+    finally:
+        steps.close()
+
+
 def handle_pbar(verbose: bool, pbar_init: Callable | None, pbar_update: Callable | None):
     """Return `(pbar | None, init, update, close)` for code that reports progress by calling functions.
 

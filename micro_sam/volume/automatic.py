@@ -17,7 +17,7 @@ import torch
 from segment_anything import SamPredictor
 
 from ..core.errors import InvalidInputError, require_positive_int
-from ..core.progress import Step, Steps, drain
+from ..core.progress import Step, Steps, drain, during
 from ..core.tiling import TileSpec
 from ..embeddings.encode import ImageEmbeddings, embedding_steps, set_precomputed
 from ..embeddings.normalization import PERCENTILES, check_normalization, measure_range
@@ -251,19 +251,6 @@ def _whole_normalization(stack, embedding_options: Mapping[str, Any]) -> Any:
     return normalization
 
 
-def _during(steps: Steps, step: Step) -> Steps:
-    """Run other steps to their end; `step` stands for each of them, so that the work can be cancelled there."""
-    try:
-        while True:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                return stop.value
-            yield step
-    finally:
-        steps.close()
-
-
 @dataclass(frozen=True)
 class _SliceWork:
     """Checked arguments of `slices_steps`."""
@@ -293,14 +280,14 @@ class _SliceWork:
                 planes = np.asarray(self.stack[start:start + self.batch_size])
                 batch, first = embeddings, start
                 if batch is None:
-                    batch, first = (yield from _during(self._embed(planes, start), Step(written, depth, _TEXT))), 0
+                    batch, first = (yield from during(self._embed(planes, start), Step(written, depth, _TEXT))), 0
                 states = self._decode(planes, batch, first)
                 for k, plane in enumerate(planes):
                     step = Step(written, depth, _TEXT)
                     if states is not None:
                         self.segmenter.set_state(states[k])
                     else:
-                        yield from _during(self._initialize(plane, batch, first + k, start + k), step)
+                        yield from during(self._initialize(plane, batch, first + k, start + k), step)
                     waiting.append((yield from self._generate(pool, step)))
                     while len(waiting) > n_waiting:
                         self._write(written, waiting.popleft())
@@ -358,7 +345,7 @@ class _SliceWork:
             return pool.submit(ready.generate, **self.options)
         future: Future = Future()
         if hasattr(self.segmenter, "generate_steps"):
-            future.set_result((yield from _during(self.segmenter.generate_steps(**self.options), step)))
+            future.set_result((yield from during(self.segmenter.generate_steps(**self.options), step)))
         else:
             future.set_result(self.segmenter.generate(**self.options))
         return future
