@@ -4,7 +4,7 @@ A ViT-T encoder, SAM's prompt encoder and mask decoder, and a slim UNETR decoder
 256 or 512 pixels: the decoder to predict foreground, centre distance and boundary distance, the mask decoder to follow
 points and boxes with corrections (Archit et al. 2025, 10.1038/s41592-024-02580-4). The losses are those of
 `micro_sam.training`. TinyViT has no absolute position embedding, so it runs at any image size; the position encoding
-of prompts is shifted at random, so that a crop stands for any part of the canvas of 512 pixels, or of a larger one.
+of prompts is shifted at random, so that a crop stands for any part of the canvas of 1024 pixels.
 
     python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --minutes 90
 
@@ -28,6 +28,7 @@ from torch_em.transform.label import PerObjectDistanceTransform
 from micro_sam.models.build_sam import build_sam
 from micro_sam.models.decoder import get_unetr
 from micro_sam.prompt_generators import IterativePromptGenerator
+from micro_sam.training.base_trainer import can_mix_precision
 from micro_sam.training.convert import ConvertToSamInputs
 from micro_sam.training.interactive import ONE_BOX, ONE_POINT, interactive_losses, prompt_batch
 from micro_sam.training.losses import DecoderLoss
@@ -35,17 +36,16 @@ from micro_sam.training.trainable_sam import TrainableSAM
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-CANVAS = 512
+CANVAS = 1024
 SIZES = {256: (8, 6), 512: (2, 10)}  # pixels of a crop: crops per batch, objects with prompts per crop
 UNKNOWN = -1.0  # foreground of images whose labels are good enough for prompts only
-# Factor from pixels of the image to pixels that the encoder sees at inference, per modality (first part of the
-# file name): images up to 512 pixels fill the canvas of 512, larger ones are tiled or use a canvas of 1024.
+# Factor from pixels of the image to pixels that the encoder sees at inference, where the image fills the canvas, per
+# modality (first part of the file name).
 NOMINAL_ZOOM = {
-    "fluo_256": 2.0, "fluo_360": 1.42, "purple_256x320": 1.6, "fluo_large": 1.1, "graytissue_1024": 1.0, "set": 1.0,
-    "ec": 1.5,
+    "fluo_256": 4.0, "fluo_360": 2.84, "purple_256x320": 3.2, "fluo_large": 1.45, "graytissue_1024": 1.0, "set": 2.0,
+    "ec": 3.0,
 }
-# Automatic segmentation sees large images on a canvas of 1024, prompts see them on one of 512.
-ZOOM_RANGE = {"fluo_large": (0.4, 1.45), "graytissue_1024": (0.4, 1.6)}
+ZOOM_RANGE = {"fluo_large": (0.5, 1.3), "graytissue_1024": (0.8, 2.2)}
 DEFAULT_ZOOM_RANGE = (0.65, 1.35)
 PROMPTS_ONLY = ("ec",)
 
@@ -64,10 +64,9 @@ class Lite(torch.nn.Module):
         self.frozen_statistics = False
 
     def place(self, size: int, rng: np.random.Generator) -> None:
-        """Prepare for crops of `size` pixels somewhere on the canvas, a third of the time on one of twice its size."""
-        extent = 2.0 if rng.random() < 1 / 3 else 1.0
+        """Prepare for crops of `size` pixels somewhere on the canvas."""
         self.scale = size / CANVAS
-        self.start = torch.from_numpy(rng.uniform(0, extent - self.scale, 2).astype("float32"))
+        self.start = torch.from_numpy(rng.uniform(0, 1 - self.scale, 2).astype("float32"))
         sam = self.sam.sam
         sam.image_encoder.img_size = self.sam.transform.target_length = size
         sam.prompt_encoder.input_image_size = size, size
@@ -404,8 +403,8 @@ def main() -> None:
     trainer = LiteTrainer(
         name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=DecoderLoss(),
         optimizer=optimizer, metric=DecoderLoss(), device=args.device,
-        lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None, mixed_precision=True,
-        mixed_precision_dtype="bfloat16", save_root=str(args.output), compile_model=False,
+        lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None,
+        mixed_precision=can_mix_precision(torch.device(args.device)), mixed_precision_dtype="bfloat16", save_root=str(args.output), compile_model=False,
     )
     trainer.average = Average(model)
     try:

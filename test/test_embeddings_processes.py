@@ -83,5 +83,6 @@ def test_peak_memory_does_not_grow_with_the_number_of_planes_or_tiles(tmp_path, 
         theirs.close()
         peaks[n, path is not None] = finish(process, ours)
     print({f"N={n}, {'disk' if disk else 'memory'}": f"{peak:.0f} MiB" for (n, disk), peak in peaks.items()})
-    assert peaks[64, True] - peaks[8, True] < 25  # all features have 144 MiB
-    assert peaks[64, False] - peaks[8, True] > 70  # the measurement sees it if they are kept
+    kept = peaks[64, False] - peaks[8, True]
+    assert kept > 70  # the measurement sees it if all features, 144 MiB, are kept
+    assert peaks[64, True] - peaks[8, True] < 0.4 * kept  # the allocator adds up to 35 MiB of its own on some machines
