@@ -68,7 +68,7 @@ def get_parser() -> Parser:
     volumes.add_argument("--min_z_extent", type=int, metavar="N", help="volumes: remove objects in fewer planes")
     volumes.add_argument("--beta", type=float, help="volumes: above 0.5 objects merge more readily, below less")
     volumes.add_argument(
-        "--neck_penalty", type=float, metavar="X", help="volumes: how strongly necks separate objects; default: 1"
+        "--neck_penalty", type=float, metavar="X", help="volumes: how strongly necks separate objects; default: 10"
     )
     volumes.add_argument("--min_time_extent", type=int, metavar="N", help="tracking: remove tracks in fewer frames")
     volumes.add_argument(

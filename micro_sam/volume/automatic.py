@@ -25,7 +25,7 @@ from ..segmentation.ais import MAP_NAMES
 from ..segmentation.planes import is_blank
 from ..segmentation.settings import check_options, check_tiled, generate_options, mode_of
 from ..segmentation.workflow import BLOCK_WATERSHED_PIXELS, Segmenter, initialize_steps
-from .merge import check_merge_options, check_output, check_output_holds, merge_steps
+from .merge import NECK_PENALTY, check_merge_options, check_output, check_output_holds, merge_steps
 
 _TEXT = "Segment slices"
 _EMBEDDING_OPTIONS = ("normalization", "dtype", "zarr_format", "overwrite", "data_signature", "lock_timeout")
@@ -46,7 +46,7 @@ def automatic_3d_segmentation(
     batch_size: int = 1,
     *,
     beta: float = 0.5,
-    neck_penalty: float = 1.0,
+    neck_penalty: float = NECK_PENALTY,
     mask_with_background: bool | None = None,
     mask: Any = None,
     output: Any = None,
@@ -117,7 +117,7 @@ def volume_steps(
     batch_size: int = 1,
     *,
     beta: float = 0.5,
-    neck_penalty: float = 1.0,
+    neck_penalty: float = NECK_PENALTY,
     mask_with_background: bool | None = None,
     mask: Any = None,
     output: Any = None,

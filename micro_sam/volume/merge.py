@@ -15,6 +15,7 @@ from bioimage_cpp.graph.multicut import KernighanLinMulticut, MulticutDecomposer
 from ..core.errors import InvalidInputError, InvalidTypeError
 from ..core.progress import Step, Steps, drain
 
+NECK_PENALTY = 10.0
 _TEXT = "Merge segmentation of slices"
 
 
@@ -30,7 +31,7 @@ def merge_instance_segmentation_3d(
     *,
     ids_per_slice: bool = False,
     output: Any = None,
-    neck_penalty: float = 1.0,
+    neck_penalty: float = NECK_PENALTY,
 ) -> np.ndarray:
     """Merge the objects of slices to objects in 3D.
 
@@ -39,9 +40,10 @@ def merge_instance_segmentation_3d(
     local search (Kernighan-Lin) in each component of attracting objects, as in Alush and Goldberger, Break and
     conquer (2013), https://doi.org/10.1007/978-3-642-39140-8_9.
 
-    Outlines alone do not tell an object from two that lie on top of each other. These meet at a neck: objects grow
-    again on either side of it. `neck_penalty * ln(r)` is taken from the attraction of two objects if both of them
-    become at least r times larger, each on its own side.
+    Outlines alone do not tell an object from two that lie on top of each other. These meet at a neck: the overlaps of
+    their slices grow again on either side of it. `neck_penalty * ln(r)` is taken from the attraction at a neck, where
+    overlaps become at least r times larger on both sides. Objects that are not convex, such as mitochondria, have necks
+    of their own: a penalty of 1 or 0 suits them better.
 
     Args:
         slice_segmentation: Labels (Z, Y, X), integers, may be lazy (zarr, dask, a memory map): it is read slice by
@@ -91,7 +93,7 @@ def merge_steps(
     *,
     ids_per_slice: bool = False,
     output: Any = None,
-    neck_penalty: float = 1.0,
+    neck_penalty: float = NECK_PENALTY,
 ) -> Steps[np.ndarray]:
     """Generator behind `merge_instance_segmentation_3d`. If it is closed, the content of `output` is undefined."""
     check_merge_options(beta, gap_closing, min_z_extent, neck_penalty)
@@ -127,7 +129,7 @@ def merge_steps(
 
 
 def check_merge_options(
-    beta: float, gap_closing: int | None, min_z_extent: int | None, neck_penalty: float = 1.0
+    beta: float, gap_closing: int | None, min_z_extent: int | None, neck_penalty: float = NECK_PENALTY
 ) -> None:
     """Raise `InvalidInputError` for options that are out of range."""
     if not 0 <= neck_penalty < np.inf:
@@ -243,21 +245,30 @@ class _OverlapGraph:
             )
 
     def _necks(self, below: np.ndarray, above: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-        """How many times larger the two objects of each edge become, on its own side the one that grows less."""
+        """How many times larger the overlap of each edge becomes on either side, on the side where it grows less.
+
+        Objects are followed from slice to slice as long as each part is the best partner of the other by IoU, so that
+        the tip of an object is not taken for a part of its larger neighbour, and up to the first overlap that is
+        smaller than that of the edge, so that only the narrowest place of a neck counts.
+        """
         sizes = np.concatenate(self._sizes)
+        own = np.arange(len(sizes))
+        by_iou = np.argsort(overlaps / (sizes[below] + sizes[above] - overlaps), kind="stable")
+        best_above, best_below = own.copy(), own.copy()
+        # For repeated indices the last value stays, that of the largest IoU.
+        best_above[below[by_iou]], best_below[above[by_iou]] = above[by_iou], below[by_iou]
+        is_mutual = (best_above[below] == above) & (best_below[above] == below)
         largest = []
-        for start, end, order in ((below, above, range(len(self._sizes) - 1, -1, -1)),
-                                  (above, below, range(len(self._sizes)))):
-            by_overlap = np.argsort(overlaps, kind="stable")
-            partner = np.arange(len(sizes))
-            partner[start[by_overlap]] = end[by_overlap]  # the last one, of the largest overlap, stays
-            side = sizes.copy()
-            for z in order:
-                nodes = slice(self._first_node[z] - 1, self._first_node[z + 1] - 1)
-                side[nodes] = np.maximum(side[nodes], side[partner[nodes]])
-            largest.append(side)
-        upwards, downwards = largest
-        return np.minimum(downwards[below] / sizes[below], upwards[above] / sizes[above])
+        for start, here, there in ((below, above, below), (above, below, above)):
+            partner, overlap = own.copy(), np.zeros(len(own), dtype=np.int64)
+            partner[here[is_mutual]], overlap[here[is_mutual]] = there[is_mutual], overlaps[is_mutual]
+            node, largest_so_far, going = start.copy(), overlaps.copy(), np.arange(len(overlaps))
+            while len(going):
+                going = going[overlap[node[going]] >= overlaps[going]]
+                largest_so_far[going] = np.maximum(largest_so_far[going], overlap[node[going]])
+                node[going] = partner[node[going]]
+            largest.append(largest_so_far)
+        return np.minimum(*largest) / overlaps
 
     def solve(self, beta: float, min_z_extent: int, neck_penalty: float) -> np.ndarray:
         """Return the final id of each node; 0 for node 0 and for objects that span too few slices."""
@@ -269,8 +280,7 @@ class _OverlapGraph:
         if len(overlaps):
             probability = 0.998 * overlaps / np.concatenate(self._sizes)[below] + 0.001
             weights = 1 - np.log((1 - probability) / probability) - np.log((1 - beta) / beta)
-            # 1 where there is no neck, as the sizes on one of the sides only fall
-            weights -= neck_penalty * np.log(np.maximum(self._necks(below, above, overlaps), 1))
+            weights -= neck_penalty * np.log(self._necks(below, above, overlaps))
             # Across a gap only attraction counts: there the rim of an object sees past its own next part.
             keep = (are_neighbours > 0) | (weights > 0)
             edges = np.stack([below[keep], above[keep]], axis=1).astype(np.uint64)
