@@ -13,7 +13,7 @@ import micro_sam.core
 HEAVY = ("torch", "napari", "qtpy", "segment_anything", "torch_em")
 COMMANDS = [
     "automatic_segmentation:main", "precompute_embeddings:main", "info:main", "train:main", "replay:main",
-    "annotators:main_2d", "annotators:main_3d", "annotators:main_tracking", "annotators:main_series",
+    "annotators:main_2d", "annotators:main_3d", "annotators:main_tracking", "annotators:main_series", "convert:main",
 ]
 
 
