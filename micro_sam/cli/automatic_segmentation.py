@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import EmbeddingMismatchError, InvalidInputError
+from ._blocks import add_cluster_options, cluster, segment_result, uses_blocks
 from ._common import (
     EXIT_CODES,
     Console,
@@ -81,6 +82,7 @@ def get_parser() -> Parser:
     )
     add_input_options(parser)
     add_model_options(parser, "vit_b_lm if it was downloaded before, else vit_t_lite, which comes with the package")
+    add_cluster_options(parser, with_blocks=True)
     add_run_options(parser)
     return parser
 
@@ -194,6 +196,7 @@ def _parse_options(parser: Parser, args: argparse.Namespace, extra: Sequence[str
 
 def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
     _check_arguments(args)
+    blocks = uses_blocks(args)
     # Published models keep what they always did, unless the user asks for tiles.
     tile_shape = parse_tile_shape(args.tile_shape, "default")
     paths, outputs, embedding_paths = _paths(args)
@@ -213,6 +216,12 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
         return run_files(results, lambda n, r: "", report, console)
     if args.model_type is None and args.checkpoint is None:
         console.say(f"Model: {model_name} (choose another one with -m, see micro_sam.info)")
+    if blocks:
+        report.model = {"name": model_name, "checkpoint": args.checkpoint, "mode": args.mode}
+        with cluster(args, console) as client:
+            return run_files(results, lambda n, result: segment_result(
+                client, result, model_name, options, _volume_options(args), args, console, report
+            ), report, console)
     model = load_model(model_name, args.checkpoint, args.device, args.mode)
     report.model = {"name": model_name, "checkpoint": args.checkpoint, "mode": model.mode}
 

@@ -4,8 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import EmbeddingMismatchError, InvalidInputError
+from ._blocks import add_cluster_options, check_cluster_options, cluster
 from ._common import (
     Console,
     Parser,
@@ -39,6 +41,7 @@ def get_parser() -> Parser:
     )
     add_input_options(parser)
     add_model_options(parser, "vit_b_lm")
+    add_cluster_options(parser, with_blocks=False)
     add_run_options(parser)
     return parser
 
@@ -57,6 +60,9 @@ def _run(args: argparse.Namespace) -> int:
         raise InvalidInputError("--halo belongs to tiles. Pass --tile_shape as well, or leave out --halo.")
     if args.batch_size < 1:
         raise InvalidInputError(f"--batch_size must be a positive integer, but is {args.batch_size}.")
+    check_cluster_options(args)
+    if args.scheduler is not None and args.precompute_amg_state:
+        raise InvalidInputError("--precompute_amg_state is not for clusters. Leave it out, or leave out --scheduler.")
 
     from ..core.image import open_image
     from ..core.output import prepare_folder
@@ -83,6 +89,14 @@ def _run(args: argparse.Namespace) -> int:
 
     if not note_first_usable(results, open_, console):
         return run_files(results, lambda n, r: "", report, console)
+    if args.scheduler is not None:
+        report.model = {"name": name, "checkpoint": args.checkpoint}
+        with cluster(args, console) as client:
+            return run_files(
+                results,
+                lambda n, result: _run_on_cluster(client, open_(result), result, name, tile_shape, args, console),
+                report, console,
+            )
     model = load_model(name, args.checkpoint, args.device)
     report.model = {"name": name, "checkpoint": args.checkpoint, "hash": model.predictor._hash}
 
@@ -104,6 +118,20 @@ def _run(args: argparse.Namespace) -> int:
         return f"{result.input}: {image.axes} {tuple(image.data.shape)} -> {result.output}"
 
     return run_files(results, work, report, console)
+
+
+def _run_on_cluster(
+    client: Any, image: Any, result: Result, name: str | None, tile_shape: Any, args: argparse.Namespace,
+    console: Console,
+) -> str:
+    from ..distributed import precompute_embeddings
+
+    choice = {key: value for key, value in input_choice(args).items() if value is not None}
+    precompute_embeddings(
+        client, result.input, result.output, name, checkpoint=args.checkpoint, tile_shape=tile_shape, halo=args.halo,
+        batch_size=args.batch_size, image_options=choice, overwrite=args.overwrite, verbose=console.show_bars,
+    )
+    return f"{result.input}: {image.axes} {tuple(image.data.shape)} -> {result.output}"
 
 
 if __name__ == "__main__":

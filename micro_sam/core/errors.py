@@ -39,6 +39,10 @@ class OutputWriteError(MicroSamError, OSError):
     """An output could not be written (permission, full disk)."""
 
 
+class BlockError(MicroSamError, RuntimeError):
+    """Blocks of an image could not be computed, also not when they were tried again."""
+
+
 class NotInitializedError(MicroSamError, RuntimeError):
     """`generate` or `get_state` was called before `initialize`."""
 

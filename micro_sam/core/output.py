@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .._version import __version__
-from .errors import InvalidInputError, OutputExistsError, OutputWriteError
+from .errors import InvalidInputError, MicroSamError, OutputExistsError, OutputWriteError
 
 _TIF, _ZARR = (".tif", ".tiff"), (".zarr",)
 _OME_ZARR = ".ome.zarr"
@@ -56,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn errors of the file system into an error that names the output and the remedy."""
     try:
         yield
-    except OutputWriteError:
+    except MicroSamError:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -220,6 +220,11 @@ def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def label_record(n_objects: int, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The record of a label image, see `is_done`."""
+    return {"micro_sam": {"version": __version__, "n_objects": n_objects, "settings": settings or {}}}
+
+
 def smallest_dtype(labels: np.ndarray) -> np.dtype:
     """uint16, uint32 or uint64: the smallest that holds all ids."""
     highest = int(labels.max()) if labels.size else 0
@@ -253,9 +258,7 @@ def write_labels(
     path = label_path(path)
     target = _target(path, name)
     labels = labels.astype(smallest_dtype(labels), copy=False)
-    record = {"micro_sam": {
-        "version": __version__, "n_objects": int((np.unique(labels) != 0).sum()), "settings": settings or {},
-    }}
+    record = label_record(int((np.unique(labels) != 0).sum()), settings)
     if path.suffix.lower() in _TIF:
         import tifffile
         with temporary_path(path, is_folder=False) as new:

@@ -99,10 +99,12 @@ def embedding_steps(
     overwrite: bool = False,
     data_signature: str | None = None,
     lock_timeout: float = 0.0,
+    fill: Callable[..., Steps[None]] | None = None,
 ) -> Steps[ImageEmbeddings]:
     """Generator behind `precompute_image_embeddings`: yields `Step`, returns the embeddings.
 
-    Closing it cancels the work; what is on disk by then is kept and the next call goes on from there.
+    Closing it cancels the work; what is on disk by then is kept and the next call goes on from there. `fill` replaces
+    the encoding in this process, for caches on disk (see `distributed`).
     """
     require_positive_int("batch_size", batch_size)
     if dtype not in (None, *DTYPES):
@@ -138,7 +140,7 @@ def embedding_steps(
                     if is_auto:
                         evict(keep=path, reserve=estimate_size(predictor, plan, dtype))
                     sink = StoreSink(path, predictor, plan, signature, dtype, zarr_format)
-                    yield from _fill(predictor, plan, sink, read, batch_size)
+                    yield from (fill or _fill)(predictor, plan, sink, read, batch_size)
                     sink.finish()
         embeddings = load_embeddings(path, lazy_loading) if cache is None else read_group(cache, path, lazy_loading)
         if is_auto:

@@ -316,17 +316,15 @@ class StoreSink:
         return item in self._done
 
     def write(self, items: list[Item], features: np.ndarray) -> None:
-        """Write a batch, then record it as done: as a whole, so that a resumed run forms the same batches."""
-        features = features.astype(self._dtype, copy=False)
-        if self._dtype == "float16" and not np.isfinite(features).all():
-            raise EmbeddingCacheError(
-                f"The features of {items[0]} exceed the range of float16. Pass dtype='float32' and overwrite=True."
-            )
+        """Write a batch, then note it."""
         with _write_errors(self._path):
-            for item, values in zip(items, features, strict=True):
-                self._arrays[item.tile][0 if item.z is None else item.z] = values if item.z is None else values[None]
-            with open(self._log, "ab", buffering=0) as log:
-                log.write(json.dumps([list(item) for item in items]).encode() + b"\n")
+            _write_chunks(self._arrays, self._dtype, items, features)
+        self.note(items)
+
+    def note(self, items: list[Item]) -> None:
+        """Note a batch whose chunks are on disk: as a whole, so that a resumed run forms the same batches."""
+        with _write_errors(self._path), open(self._log, "ab", buffering=0) as log:
+            log.write(json.dumps([list(item) for item in items]).encode() + b"\n")
         self._done.update(items)
 
     def finish(self) -> None:
@@ -338,6 +336,28 @@ class StoreSink:
         with _write_errors(self._path):
             self._root.attrs.put({**attrs, "original_size": sizes["original_size"], "input_size": sizes["input_size"]})
             self._log.unlink(missing_ok=True)
+
+
+def _write_chunks(arrays, dtype: str, items: list[Item], features: np.ndarray) -> None:
+    features = features.astype(dtype, copy=False)
+    if dtype == "float16" and not np.isfinite(features).all():
+        raise EmbeddingCacheError(
+            f"The features of {items[0]} exceed the range of float16. Pass dtype='float32' and overwrite=True."
+        )
+    for item, values in zip(items, features, strict=True):
+        arrays[item.tile][0 if item.z is None else item.z] = values if item.z is None else values[None]
+
+
+def write_features(path: Path, items: list[Item], features: np.ndarray) -> None:
+    """Write features (N, 256, h, w) into the arrays of an unfinished cache, from any process.
+
+    Each item has chunks of its own. The process that holds the lock notes them as done (`StoreSink.note`).
+    """
+    root = zarr.open_group(path, mode="r+", use_consolidated=False)
+    stored = root["features"]
+    arrays = {item.tile: stored if item.tile is None else stored[str(item.tile)] for item in items}
+    with _write_errors(path):
+        _write_chunks(arrays, root.attrs["dtype"], items, features)
 
 
 def _compression(zarr_format: int, dtype: str) -> dict[str, Any]:
