@@ -259,7 +259,7 @@ def show_finetuning(stage: Stage) -> Any:
         (stage.folder / name).mkdir()
         for k in range(4):
             tifffile.imwrite(stage.folder / name / f"cells_{k}.tif", np.rot90(array, k))
-    dock = TrainingWidget(viewer)
+    dock = TrainingWidget()
     viewer.window.add_dock_widget(dock, name=dock.title, area="right")
     stage.wait(dock)
     os.chdir(stage.folder)  # paths that tell something

@@ -1,10 +1,11 @@
 """Measures what users of the annotators feel: latency of a click, the longest block of the event loop, memory.
 
-    python test/measure_annotators.py latency|blocks|memory
+    python test/measure_annotators.py latency|blocks|training|memory
 
 Needs a screen, or a virtual one with OpenGL. Run it with nothing else on the machine; the figures are in
 doc/performance.md. `latency` is the time from a click on the canvas to the mask in the layer that is drawn; `blocks`
-the longest time in which the event loop did not run, during each kind of work.
+the longest time in which the event loop did not run, during each kind of work; `training` the part of it about
+finetuning, and how long cancelling takes.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import psutil
 import tifffile
@@ -22,6 +24,7 @@ import tifffile
 import micro_sam
 
 SHIPPED = Path(micro_sam.__file__).parent / "data"
+DATA = Path(__file__).parent / "data"
 
 
 def spin(annotator, seconds=0.2):
@@ -90,7 +93,7 @@ def measure_blocks():
         with Watchdog() as watchdog:
             start()
             spin(annotator)
-        print(f"{name}: {time.monotonic() - begin:.1f} s, longest block {watchdog.worst * 1000:.0f} ms", flush=True)
+        print(f"{name}: {time.monotonic() - begin:.1f} s, {_block(watchdog)}", flush=True)
 
     measure("embeddings of 36 slices", annotator._embed_rest)
     annotator.auto_panel.whole.setChecked(True)
@@ -116,6 +119,86 @@ def measure_blocks():
     measure("undo", annotator.undo)
     annotator.shut_down()
     annotator.viewer.close()
+    measure_training()
+
+
+def measure_training(n_iterations=6):
+    """Finetune the shipped model on two images of nuclei, and cancel it at any time of an iteration."""
+    import napari
+
+    from micro_sam.sam_annotator.jobs import Watchdog
+    from micro_sam.sam_annotator.training_ui import TrainingWidget
+    from micro_sam.training.plan import TrainingStep
+
+    viewer = napari.Viewer()
+    viewer.window.resize(1400, 1000)
+    widget = TrainingWidget()
+    viewer.window.add_dock_widget(widget, area="right")
+    with Watchdog() as watchdog:
+        widget.runner.wait()
+    print(f"look at the hardware: {_block(watchdog)}", flush=True)
+    folder = Path(os.environ["MICROSAM_CACHEDIR"]) / "measured"
+    _write_pairs(folder)
+    fields = widget.fields
+    fields.images.path, fields.labels.path = folder / "images", folder / "labels"
+    fields.save_root.path = folder / "run"
+    fields.family.setCurrentIndex(fields.family.findText("Included (offline)"))
+    fields.patch.value = (256, 256)
+    fields.existing_choice = "overwrite"
+    steps = []
+    widget.runner.progressed.connect(lambda job, step, seconds: steps.append((time.monotonic(), step)))
+
+    def is_training():
+        return any(isinstance(step, TrainingStep) and step.done for _, step in steps)
+
+    def measure(name, start, until=lambda: not widget.runner.busy):
+        begin = time.monotonic()
+        with Watchdog() as watchdog:
+            start()
+            _pump(until)
+        print(f"{name}: {time.monotonic() - begin:.1f} s, {_block(watchdog)}", flush=True)
+
+    measure("check data", widget.check.click)
+    fields.n_iterations.setValue(n_iterations)
+    measure(f"finetune with {n_iterations} iterations, scores and export", widget.start.click)
+    fields.n_iterations.setValue(1000)
+    for delay in (0.0, 0.7, 1.5, 2.5, 4.0):
+        fields.existing_choice = "overwrite"
+        steps.clear()
+        measure("until the second iteration", widget.start.click, is_training)
+        end = time.monotonic() + delay
+        _pump(lambda end=end: time.monotonic() > end)
+        start = time.monotonic()
+        with Watchdog() as watchdog:
+            widget.runner.cancel_all()
+            widget.runner.wait()
+        print(f"cancel {delay} s after an iteration: {time.monotonic() - start:.2f} s, {_block(watchdog)}; "
+              f"{widget.notices.history[-1].text}", flush=True)
+    viewer.close()
+
+
+def _write_pairs(folder):
+    """Two images of 384 x 480 pixels with labels, each nine copies of a field of nuclei."""
+    image, labels = imageio.imread(DATA / "nuclei.png"), tifffile.imread(DATA / "nuclei_labels.tif")
+    copies = np.kron(np.arange(9).reshape(3, 3), np.ones(labels.shape, int)) * labels.max()
+    labels = np.tile(labels, (3, 3))
+    labels = np.where(labels > 0, labels + copies, 0).astype("uint16")
+    for name, array in (("images", np.tile(image, (3, 3))), ("labels", labels)):
+        (folder / name).mkdir(parents=True)
+        for n, turn in enumerate((np.array, np.flipud)):
+            tifffile.imwrite(folder / name / f"{n}.tif", turn(array))
+
+
+def _block(watchdog):
+    return f"longest block {watchdog.worst * 1000:.0f} ms ({watchdog.worst_cpu * 1000:.0f} ms of CPU time)"
+
+
+def _pump(until):
+    from qtpy.QtWidgets import QApplication
+
+    while not until():
+        QApplication.processEvents()
+        time.sleep(0.001)
 
 
 def measure_memory(n_objects=50):
@@ -157,8 +240,9 @@ def _disc(y, x, radius=20):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("latency", "blocks", "memory"))
+    parser.add_argument("what", choices=("latency", "blocks", "training", "memory"))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["MICROSAM_CACHEDIR"] = cache
-        {"latency": measure_latency, "blocks": measure_blocks, "memory": measure_memory}[parser.parse_args().what]()
+        {"latency": measure_latency, "blocks": measure_blocks, "training": measure_training,
+         "memory": measure_memory}[parser.parse_args().what]()
     sys.exit()

@@ -30,6 +30,7 @@ from micro_sam.annotation.journal import (
     read_journal,
     session_folder,
     summary,
+    tidy,
 )
 from micro_sam.annotation.prompt_data import PointPrompt, Prompts, ShapePrompt
 from micro_sam.annotation.replay import replay, replay_records_steps, write_replay
@@ -367,6 +368,22 @@ def test_finding_and_discarding(cache):
     assert find_journals("a", "2d") == [paths[1]]
     with pytest.raises(MissingFileError):
         discard(paths[0])
+
+
+def test_old_journals_go_if_their_work_was_saved(cache):
+    paths = []
+    for n in range(6):
+        paths.append(journal_path(str(n), "2d"))
+        with Journal.create(paths[-1], header(signature=str(n))) as journal:
+            journal.append(Entry("paint"))
+            if n % 2 == 0:
+                journal.mark_saved({"path": "labels.tif"})
+        os.utime(paths[-1], (1000 + n,) * 2)
+    in_use, _ = Journal.resume(paths[0])
+    assert tidy(keep=2) == [cache / "trash" / paths[2].name]
+    in_use.close()
+    assert set(find_journals()) == {paths[n] for n in (0, 1, 3, 4, 5)}, "what was not saved stays, and the newest"
+    assert tidy() == []
 
 
 def test_trash_keeps_the_last_ones(cache, monkeypatch):

@@ -9,9 +9,10 @@ from segment_anything import SamPredictor
 from micro_sam import prompt_based_segmentation
 from micro_sam.annotation import segment
 from micro_sam.annotation.prompts import PointPrompt, Prompts, PromptSet, ShapePrompt, plan_prompts
-from micro_sam.annotation.segment import segment_plane_steps, segment_prompt_set
+from micro_sam.annotation.segment import segment_plane_steps, segment_prompt_set, without_specks
 from micro_sam.core.errors import InvalidInputError, PromptTileError
 from micro_sam.core.labels import compute_iou
+from micro_sam.core.masks import crop_mask
 from micro_sam.core.progress import Step, drain
 from micro_sam.core.prompts import box_from_mask
 from micro_sam.embeddings.encode import load_embeddings, precompute_image_embeddings
@@ -223,6 +224,40 @@ def test_empty_mask_has_no_stability(tiny_predictor, precomputed, monkeypatch):
     monkeypatch.setattr(tiny_predictor.model, "mask_threshold", 1e6)
     result = segment_prompt_set(tiny_predictor, precomputed["plain"], None, SETS["box"], SHAPE)
     assert (result.mask.area, result.mask.mask.shape, result.stability) == (0, (0, 0), 0.0)
+
+
+@pytest.mark.parametrize(("points", "labels", "box", "kept"), [
+    ([(12, 12)], [1], None, "a"),
+    ([(9, 12)], [1], None, "a"),  # misses it by a pixel
+    ([(12, 12), (30, 40)], [1, 0], None, "a"),
+    ([(12, 12), (30, 40)], [1, 1], None, "ab"),
+    ([], [], (8, 8, 31, 50), "ab"),
+    ([(50, 60)], [1], (8, 8, 20, 20), "ac"),
+    ([(0, 0)], [1], None, "abc"),  # nothing says which part is meant
+    ([(30, 40)], [0], (0, 0, 5, 5), "abc"),
+])
+def test_specks(points, labels, box, kept):
+    parts = np.zeros((70, 80), "uint8")
+    parts[10:20, 10:20], parts[29:33, 38:44], parts[50, 60] = 1, 2, 3
+    prompts = PromptSet(1, np.reshape(points, (-1, 2)), np.array(labels, int), None if box is None else np.array(box))
+    found = without_specks(crop_mask(parts > 0), prompts)
+    expected = np.isin(parts, ["abc".index(name) + 1 for name in kept])
+    y0, x0, y1, x1 = found.box
+    np.testing.assert_array_equal(found.mask, expected[y0:y1, x0:x1])
+    assert found.area == expected.sum()
+
+
+def test_specks_are_left_out_where_asked_for(tiny_predictor, precomputed):
+    prompts = [PromptSet(1, np.array([[70.0, 100.0]]), np.array([1])), PromptSet(2, np.empty((0, 2)), np.empty(0, int),
+                                                                               np.array([20, 30, 60, 90]))]
+    options = (tiny_predictor, precomputed["plain"], None, prompts, SHAPE)
+    plain = drain(segment_plane_steps(*options), verbose=False)
+    clean = drain(segment_plane_steps(*options, drop_specks=True), verbose=False)
+    assert any(p.mask.area > c.mask.area for p, c in zip(plain, clean)), "the random model makes specks"
+    for one, other, prompt in zip(plain, clean, prompts):
+        expected = without_specks(one.mask, prompt)
+        assert (other.mask.box, other.mask.area) == (expected.box, expected.area)
+        assert (other.predicted_iou, other.stability) == (one.predicted_iou, one.stability)
 
 
 def test_no_objects(tiny_predictor, precomputed):

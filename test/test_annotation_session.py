@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from micro_sam.annotation import opening, tasks
 from micro_sam.annotation.geometry import AnnotationImage
 from micro_sam.annotation.prompt_data import PointPrompt, Prompts, ShapePrompt
-from micro_sam.annotation.prompts import PromptRefusal
+from micro_sam.annotation.prompts import PromptRefusal, plan_prompts
 from micro_sam.annotation.replay import replay
+from micro_sam.annotation.segment import without_specks
 from micro_sam.annotation.session import AUTO, COMMITTED, CURRENT, LAYERS, AnnotationSession
 from micro_sam.core.errors import InvalidInputError, MicroSamError, NotInitializedError
+from micro_sam.core.masks import crop_mask
 from micro_sam.core.output import read_labels
+from micro_sam.core.progress import drain
+from micro_sam.editing.refine import refine_mask
 from micro_sam.segmentation.workflow import LoadedModel
 
 
@@ -323,6 +327,43 @@ def test_prompts_to_saved_labels_without_a_screen(cache, tiny_predictor, mode):
         session.save(cache / "labels.tif")
         assert read_labels(cache / "labels.tif").any()
     session.close()
+
+
+def test_specks_stay_away_and_replay_needs_no_option(cache, tiny_predictor):
+    image = make_image()
+    session = opening.start(image, "2d")
+    session.run(_open(session, tiny_predictor))
+    prompts = Prompts((PointPrompt((20.0, 30.0), True),))
+    masks = {}
+    for drop in (False, True):
+        session.set_prompts(prompts)
+        session.run(tasks.segment(session, drop_specks=drop))
+        masks[drop] = session.labels[CURRENT] > 0
+        session.commit(CURRENT, "none")
+        session.clear()
+    wanted = plan_prompts(prompts, image.shape)[0]
+    clean = without_specks(crop_mask(masks[False]), wanted)
+    assert clean.area < masks[False].sum(), "the random model makes specks"
+    np.testing.assert_array_equal(masks[True][clean.box[0]:clean.box[2], clean.box[1]:clean.box[3]], clean.mask)
+    assert masks[True].sum() == clean.area
+    path = session._journal.path
+    session.close()
+    np.testing.assert_array_equal(replay(path).labels[COMMITTED], session.labels[COMMITTED])
+
+
+def test_a_polygon_corrects_an_object(tiny_predictor):
+    session = AnnotationSession(make_image(), mode="2d")
+    session.run(_open(session, tiny_predictor))
+    session.set_labels(COMMITTED, square(session, 4, 4))
+    session.start_correction(1)
+    corners = ((20.0, 30.0), (20.0, 50.0), (40.0, 50.0), (40.0, 30.0))
+    session.set_prompts(Prompts((), (ShapePrompt("polygon", corners),)))
+    wanted = plan_prompts(session.prompts, session.image.shape)[0]
+    session.run(tasks.segment(session))
+    expected, _ = refine_mask(
+        tiny_predictor, wanted.mask, drain(session.embeddings.plane_steps(None), verbose=False)[0], box=wanted.box,
+    )
+    np.testing.assert_array_equal(session.labels[CURRENT] > 0, expected)
 
 
 def test_automatic_segmentation_of_one_plane_keeps_that_of_the_others(cache, tiny_predictor):

@@ -132,7 +132,7 @@ def _cancels_all(client):
     original = engine._result
 
     def result(future):
-        for key in [k for k in client.futures if k.startswith("_call")]:
+        for key in [k for k in client.futures if k.startswith("SegmentBlock")]:
             client.futures[key].cancel()
         return original(future)
 
@@ -188,5 +188,5 @@ def test_wrong_schedulers():
 
 def test_large_arrays_in_memory_are_refused():
     image = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (20_000, 20_000), (0, 0))
-    with pytest.raises(InvalidInputError, match="copied to each worker"):
+    with pytest.raises(InvalidInputError, match="sent with each block"):
         distributed.segment(None, image, "a.zarr")

@@ -534,7 +534,9 @@ def test_expected_errors_say_what_to_do_and_others_are_logged(notices, monkeypat
 def test_the_line_is_elided_and_details_tell_all(notices):
     from qtpy.QtWidgets import QTextBrowser
 
-    long = "a long message <with> signs " * 6
+    notices.warning("a message that has no room in one line")
+    assert not notices.label.is_elided
+    long = "a long message <with> signs " * 40
     for i in range(30):
         notices.info(f"message {i}")
     notices.warning(long, details="line 1\nline 2")

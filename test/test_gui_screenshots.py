@@ -88,7 +88,7 @@ def docks(stage):
                 yield dock
             dock.shut_down()
         for kind in (ImageSeriesAnnotator, ObjectClassifier, TrainingWidget, SettingsWidget):
-            dock = kind() if kind is SettingsWidget else kind(viewer)
+            dock = kind() if kind in (SettingsWidget, TrainingWidget) else kind(viewer)
             viewer.window.add_dock_widget(dock)
             yield dock
     finally:

@@ -54,7 +54,7 @@ def widget(viewer, tmp_path, monkeypatch, tiny_checkpoint):
         for name, array in (("images", image), ("labels", labels)):
             (tmp_path / name).mkdir(exist_ok=True)
             tifffile.imwrite(tmp_path / name / f"{n}.tif", turn(array))
-    widget = TrainingWidget(viewer)
+    widget = TrainingWidget()
     viewer.window.add_dock_widget(widget, area="right")
     wait(widget)
     fields = widget.fields
@@ -90,6 +90,40 @@ def test_the_form_shows_and_gives_all_values(viewer, widget, tmp_path):
     shot(viewer, "training_advanced")
     widget.column.verticalScrollBar().setValue(10_000)
     shot(viewer, "training_advanced_end")
+
+
+def test_without_a_gpu_the_smallest_model_is_proposed(viewer):
+    from micro_sam.sam_annotator.training_form import TrainingFields
+
+    fields = TrainingFields()
+    fields.show_hardware("CPU", ["cpu"])
+    assert fields.values().model_type == "vit_t_lite"
+    fields.family.setCurrentIndex(0)
+    fields.show_hardware("CPU", ["cpu"])
+    assert fields.values().model_type is None, "what is chosen then stays"
+    fields = TrainingFields()
+    fields.show_hardware("A100", ["cuda", "cpu"])
+    assert fields.values().model_type is None
+
+
+def test_the_plot_shows_what_it_is_given(viewer):
+    from micro_sam.sam_annotator.loss_plot import LOSS, METRIC, LossPlot
+
+    plot = LossPlot()
+    plot.resize(400, 170)
+    assert not plot.has_points
+    for n in range(1, 3001):
+        plot.add(n, 1 / n, None if n < 1000 else 0.25)
+    plot.add(3000, 0.5, float("nan"))
+    assert (plot.metric.x, plot.metric.y, plot.loss.y[-1]) == ([1000], [0.25], 0.5)
+    x, y = plot.loss.binned(300)
+    assert len(x) <= 300
+    assert y[0] == pytest.approx(np.mean([1 / n for n in range(1, 3000) if int((n - 1) / 2999 * 299) == 0]))
+    picture = plot.grab().toImage()
+    colours = {picture.pixelColor(i, j).name() for i in range(400) for j in range(170)}
+    assert {LOSS, METRIC} <= colours
+    plot.clear()
+    assert not plot.has_points
 
 
 def test_wrong_fields_are_marked_and_problems_of_the_data_shown(viewer, widget, tmp_path):

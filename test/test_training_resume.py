@@ -69,6 +69,30 @@ def test_cancelled_training_continues_exactly(case, tmp_path):
     assert second.train_time > first.train_time
 
 
+@pytest.mark.parametrize("options", [{"joint": True}, {"checkpoint_encoder": True, "gradient_accumulation_steps": 2}])
+def test_stopping_within_an_iteration(options, tmp_path):
+    """In forward and backward passes of training and validation, also where BatchNorm has seen the batch already."""
+    options = {"n_images": 4, "batch_size": 1, "n_val_images": 1, **options}
+    whole, asked = make_trainer(tmp_path / "whole", **options), []
+
+    def note():
+        in_backward = torch._C._current_graph_task_id() >= 0
+        asked.append("backward" if in_backward else "training" if torch.is_grad_enabled() else "validation")
+
+    whole.fit(epochs=1, verbose=False, should_stop=note)
+    last = {kind: n for n, kind in enumerate(asked)}
+    assert sorted(last) == ["backward", "training", "validation"]
+    for number in [*last.values(), len(asked) // 2]:
+        folder, answers = tmp_path / str(number), iter([*[False] * number, True, True])
+        first = make_trainer(folder, **options)
+        with pytest.raises(Cancelled):
+            first.fit(epochs=1, verbose=False, should_stop=answers.__next__)  # it stops at once, or has no answer
+        second = make_trainer(folder, **options)
+        second.fit(epochs=1, load_from_checkpoint="latest", verbose=False)
+        assert_same_weights(weights(second), weights(whole))
+        assert second.best_metric == whole.best_metric
+
+
 def test_closing_or_interrupting_leaves_a_checkpoint(tmp_path):
     whole = make_trainer(tmp_path, name="whole", gradient_accumulation_steps=2, batch_size=1)
     whole.fit(epochs=1, verbose=False)

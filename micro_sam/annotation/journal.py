@@ -38,11 +38,12 @@ from .journal_format import (
 __all__ = [
     "LAYERS", "MODES", "Entry", "Journal", "JournalDamageError", "Note", "Record", "Redo", "SessionInUseError",
     "Summary", "Undo", "discard", "find_journals", "is_finished", "is_open", "journal_path", "key_of", "read_journal",
-    "session_folder", "summary",
+    "session_folder", "summary", "tidy",
 ]
 
 SAVED = "saved"
 _DURABLE = ("commit", "load", "save")  # must survive a power failure, not only the end of the process
+KEPT_JOURNALS = 100
 _TRASH, _TRASH_FILES, _TRASH_BYTES = "trash", 20, 10**9
 
 
@@ -360,6 +361,23 @@ def discard(path: str | os.PathLike) -> Path:
         os.utime(new)
     _empty_trash(trash, keep=new)
     return new
+
+
+def tidy(keep: int = KEPT_JOURNALS) -> list[Path]:
+    """Discard old journals whose work was saved; those with work that was not saved stay for ever.
+
+    Args:
+        keep: How many of the newest journals stay in any case.
+
+    Returns:
+        Where they are now.
+    """
+    found = []
+    for path in find_journals()[keep:]:
+        with contextlib.suppress(MicroSamError, OSError):  # it is damaged, or another process has opened or moved it
+            if is_finished(path):
+                found.append(discard(path))
+    return found
 
 
 def _empty_trash(trash: Path, keep: Path) -> None:

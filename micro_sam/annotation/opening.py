@@ -7,7 +7,7 @@ import xxhash
 
 from .._version import __version__
 from .geometry import AnnotationImage
-from .journal import Journal, find_journals, is_finished, journal_path
+from .journal import Journal, find_journals, is_finished, journal_path, tidy
 from .session import AnnotationSession, Mode
 
 _PROBED_PLANES = 3
@@ -37,6 +37,7 @@ def start(image: AnnotationImage, mode: Mode) -> AnnotationSession:
             "name": image.name, "shape": list(image.shape), "dtype": str(image.array.dtype), "signature": signature,
         },
     }
+    tidy()
     journal = Journal.create(journal_path(signature, mode), header)
     return AnnotationSession(image, mode=mode, journal=journal)
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
+import numpy as np
+from scipy import ndimage
 from segment_anything import SamPredictor
 
 from .._tiled_prompting import embedding_tiling
 from ..core.errors import InvalidInputError, PromptTileError, require_positive_int
-from ..core.masks import BoxedMask
+from ..core.masks import BoxedMask, crop_mask
 from ..core.progress import Step, Steps, drain
 from ..core.tiling import TileSpec
 from ..embeddings.encode import ImageEmbeddings
@@ -59,15 +61,36 @@ class _TilesOfStack(Mapping):
         return len(self._features)
 
 
+def without_specks(mask: BoxedMask, prompt_set: PromptSet) -> BoxedMask:
+    """Keep of a mask the parts that prompts point at: those under positive points, and those that reach into the box.
+
+    A point may miss its part by a pixel. If no part is pointed at, all are kept: nothing says which one is meant.
+    """
+    parts, n_parts = ndimage.label(mask.mask, np.ones((3, 3)))
+    if n_parts < 2:
+        return mask
+    meant = set()
+    for y, x in np.rint(prompt_set.points[prompt_set.labels == 1]).astype(int) - (mask.y0, mask.x0):
+        meant |= set(parts[max(y - 1, 0):max(y + 2, 0), max(x - 1, 0):max(x + 2, 0)].flat)
+    if prompt_set.box is not None:
+        y0, x0, y1, x1 = np.maximum(np.asarray(prompt_set.box) - np.tile((mask.y0, mask.x0), 2), 0)
+        meant |= set(parts[y0:y1, x0:x1].flat)
+    meant.discard(0)
+    return crop_mask(np.isin(parts, list(meant)), (mask.y0, mask.x0)) if meant else mask
+
+
 def segment_prompt_set(
     predictor: SamPredictor,
     image_embeddings: ImageEmbeddings,
     i: int | None,
     prompt_set: PromptSet,
     shape: Sequence[int],
+    *,
+    drop_specks: bool = False,
 ) -> ObjectResult:
     """Segment one object; see `segment_plane_steps`."""
-    return drain(segment_plane_steps(predictor, image_embeddings, i, [prompt_set], shape), verbose=False)[0]
+    steps = segment_plane_steps(predictor, image_embeddings, i, [prompt_set], shape, drop_specks=drop_specks)
+    return drain(steps, verbose=False)[0]
 
 
 def segment_plane_steps(
@@ -78,6 +101,7 @@ def segment_plane_steps(
     shape: Sequence[int],
     *,
     batch_size: int = 32,
+    drop_specks: bool = False,
 ) -> Steps[list[ObjectResult]]:
     """Segment the objects of an image or of a plane, each from its own prompts.
 
@@ -90,6 +114,7 @@ def segment_plane_steps(
         prompt_sets: The prompts of the objects.
         shape: Shape (Y, X) of the plane.
         batch_size: Number of objects per call of the mask decoder.
+        drop_specks: Whether to leave out parts of masks that no prompt points at, see `without_specks`.
 
     Returns:
         The objects, in the order of their prompts. A mask may be empty.
@@ -111,6 +136,7 @@ def segment_plane_steps(
     for start in range(0, total, batch_size):
         batch = order[start:start + batch_size]
         for k, (mask, confidence) in zip(batch, decoder.decode(i or 0, [requests[k] for k in batch])):
+            mask = without_specks(mask, prompt_sets[k]) if drop_specks else mask
             stability = 0.0 if isnan(confidence.stability) else float(confidence.stability)
             results[k] = ObjectResult(prompt_sets[k].object_id, mask, float(confidence.predicted_iou), stability)
         yield Step(start + len(batch), total, "Segment objects")

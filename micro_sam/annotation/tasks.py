@@ -106,11 +106,16 @@ def embed_rest(session: AnnotationSession) -> Task[None, None]:
 
 
 def segment(
-    session: AnnotationSession, plane: int | None = None, *, batched: bool = False, live: bool = False
+    session: AnnotationSession,
+    plane: int | None = None,
+    *,
+    batched: bool = False,
+    live: bool = False,
+    drop_specks: bool = False,
 ) -> Task[list[ObjectResult], int]:
     """Segment the current object from the prompts in the image, or in one plane; `apply` gives the number of objects.
 
-    While an object is being corrected, the model starts from its mask.
+    While an object is being corrected, the model starts from its mask, or from an ellipse or polygon that is drawn.
 
     Args:
         session: The session.
@@ -118,6 +123,7 @@ def segment(
         batched: Whether each positive point and each box is an object of its own; in a volume with the same id in all
             planes.
         live: Whether it follows a prompt by itself, and is undone together with it.
+        drop_specks: Whether to leave out parts of masks that no prompt points at; not of an object that is corrected.
 
     Raises:
         PromptRefusal: If there is nothing to segment, or the prompts do not fit together.
@@ -132,7 +138,9 @@ def segment(
     )
     source, predictor, prompts = session.embeddings, own_predictor(session), session.prompts
     start = None
-    if session.correcting is not None:
+    if session.correcting is not None and sets[0].mask is not None:
+        start = sets[0].mask
+    elif session.correcting is not None:
         editor = session.layer_editor(CURRENT)
         start = np.zeros(shape, dtype=bool)
         for i in editor.ids:
@@ -141,7 +149,9 @@ def segment(
     def steps() -> Steps[list[ObjectResult]]:
         image_embeddings, i = yield from source.plane_steps(plane)
         if start is None:
-            return (yield from segment_plane_steps(predictor, image_embeddings, i, sets, shape))
+            return (yield from segment_plane_steps(
+                predictor, image_embeddings, i, sets, shape, drop_specks=drop_specks
+            ))
         mask, score = refine_mask(
             predictor, start, image_embeddings, i, points=sets[0].points if len(sets[0].points) else None,
             labels=sets[0].labels if len(sets[0].points) else None, box=sets[0].box,
@@ -152,7 +162,7 @@ def segment(
         found = [r for r in results if r.mask.area]
         if not found:
             session.events.message.emit("warning", "The model finds nothing here. Move a point, or draw a box.")
-        args = {"plane": plane, "batched": batched, "live": live}
+        args = {"plane": plane, "batched": batched, "live": live, "drop_specks": drop_specks}
         if batched and plane is not None:
             show_in_plane(session, prompts, plane, [s.object_id for s in sets], found, args)
             return len(found)

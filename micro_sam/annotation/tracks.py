@@ -40,6 +40,7 @@ class TrackSettings:
         motion_smoothing: Weight, 0 to 1, of the motion so far against that of the last frame.
         box_extension: How far projected boxes grow: below 1 a fraction of the side length, else pixels.
         max_area_ratio: The track ends where its area changes by more than this factor; None for no limit.
+        drop_specks: Whether masks of prompted frames leave out the parts that no prompt points at.
     """
 
     projection: str = "single_point"
@@ -47,6 +48,7 @@ class TrackSettings:
     motion_smoothing: float = 0.5
     box_extension: float = 0.05
     max_area_ratio: float | None = 2.0
+    drop_specks: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ def track_object_steps(
     frames = prompted_planes(own, image_shape[0])
     sets, notes = _plan(own, frames, image_shape[-2:], track_id)
     divisions = _divisions(own, frames, sets, track_id)
-    results = yield from _segment_steps(predictor, image_embeddings, image_shape[-2:], sets)
+    results = yield from _segment_steps(predictor, image_embeddings, image_shape[-2:], sets, settings.drop_specks)
     empty = [frame for frame, result in results.items() if not result.mask.area]
     notes += [f"The model finds nothing at the prompts in frame {frame}: they are left out." for frame in empty]
     masks = {frame: _paste(r.mask, image_shape[-2:]) for frame, r in results.items() if r.mask.area}
@@ -159,12 +161,14 @@ def _divisions(own: Prompts, frames: PromptedPlanes, sets: Mapping[int, PromptSe
 
 
 def _segment_steps(
-    predictor, image_embeddings, shape: Sequence[int], sets: Mapping[int, PromptSet]
+    predictor, image_embeddings, shape: Sequence[int], sets: Mapping[int, PromptSet], drop_specks: bool
 ) -> Steps[dict[int, ObjectResult]]:
     results, text = {}, "Segment frames with prompts"
     yield Step(0, len(sets), text)
     for frame, prompt_set in sets.items():
-        results[frame] = segment_prompt_set(predictor, image_embeddings, frame, prompt_set, shape)
+        results[frame] = segment_prompt_set(
+            predictor, image_embeddings, frame, prompt_set, shape, drop_specks=drop_specks
+        )
         yield Step(len(results), len(sets), text)
     return results
 

@@ -33,6 +33,7 @@ class VolumeSettings:
         box_extension: How far projected boxes grow: below 1 a fraction of the side length, else pixels.
         max_area_change: It ends where its area changes by more than this factor; None for no limit.
         max_drift: It ends where it moves by more than this fraction of its diameter; None for no limit.
+        drop_specks: Whether masks of prompted planes leave out the parts that no prompt points at.
     """
 
     projection: str = "single_point"
@@ -40,6 +41,7 @@ class VolumeSettings:
     box_extension: float = 0.05
     max_area_change: float | None = 1.75
     max_drift: float | None = 0.5
+    drop_specks: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,9 @@ def propagate_steps(
                 raise
             raise PromptRefusal(f"Object {id_}: {error}", code=error.code) from error
     notes = [f"{_name(id_, objects)}{text}" for id_, o in objects.items() for text in o.planes.ignored]
-    notes += yield from _segment_steps(predictor, image_embeddings, image_shape[-2:], objects)
+    notes += yield from _segment_steps(
+        predictor, image_embeddings, image_shape[-2:], objects, settings.drop_specks
+    )
     followed = {id_: {**o.anchors, **o.refinements} for id_, o in objects.items() if o.anchors}
     found: dict[int, PropagatedObject] = {}
     if followed:
@@ -152,7 +156,7 @@ def _plan(prompts: Prompts, image_shape: Sequence[int], object_id: int) -> _Obje
 
 
 def _segment_steps(
-    predictor, image_embeddings, plane_shape: Sequence[int], objects: dict[int, _Object]
+    predictor, image_embeddings, plane_shape: Sequence[int], objects: dict[int, _Object], drop_specks: bool
 ) -> Steps[list[str]]:
     """Segment the planes with prompts, all objects of a plane together; returns notes."""
     by_plane = defaultdict(list)
@@ -162,7 +166,9 @@ def _segment_steps(
     notes, done, text = [], 0, "Segment planes with prompts"
     yield Step(0, len(by_plane), text)
     for plane, sets in sorted(by_plane.items()):
-        steps = segment_plane_steps(predictor, image_embeddings, plane, sets, plane_shape)
+        steps = segment_plane_steps(
+            predictor, image_embeddings, plane, sets, plane_shape, drop_specks=drop_specks
+        )
         for result in (yield from during(steps, Step(done, len(by_plane), text))):
             if result.mask.area:
                 objects[result.object_id].anchors[plane] = result.mask

@@ -1,6 +1,8 @@
 """The engine that maps work over the workers of a `dask.distributed` cluster."""
 
+import itertools
 import logging
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,14 +40,14 @@ class DaskEngine:
         if not items:
             return
         self.client.wait_for_workers(1, timeout=300)
-        (shared,) = self.client.scatter([_Shared(function)], broadcast=True)
         waiting = iter(items)
-        running: dict[Any, T] = {}
+        running: dict[str, T] = {}
+        name, count = f"{type(function).__name__}-{uuid.uuid4().hex[:8]}", itertools.count()
         queue = as_completed(with_results=False)
 
         def submit() -> None:
             for item in waiting:
-                future = self.client.submit(_call, shared, item, pure=False)
+                future = self.client.submit(function, item, key=f"{name}-{next(count)}")
                 running[future.key] = item
                 queue.add(future)
                 if len(running) >= self._n_ahead():
@@ -75,14 +77,3 @@ class DaskEngine:
             f"The scheduler {self.client.scheduler_info().get('address', '')} was lost, or the work was cancelled "
             "there. What is finished is kept: start the scheduler again and run again, it goes on from there."
         )
-
-
-class _Shared:
-    """Wraps the function, so that dask does not look into it, and sends it to each worker once."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-
-def _call(shared: _Shared, item: Any) -> Any:
-    return shared.function(item)

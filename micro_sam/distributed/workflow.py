@@ -27,18 +27,18 @@ from .engine import DaskEngine
 if TYPE_CHECKING:
     from distributed import Client
 
-_LARGE = 2**27
+_LARGE = 2**24  # bytes; the array goes along with each block
 
 
 def _check_shareable(image: Any) -> None:
-    """Refuse arrays in memory that would be copied to each worker.
+    """Refuse arrays in memory that would be sent to workers again and again.
 
     Raises:
         InvalidInputError: If the image is one.
     """
     if isinstance(image, np.ndarray) and not isinstance(image, np.memmap) and image.nbytes > _LARGE:
         raise InvalidInputError(
-            f"The image is an array of {image.nbytes / 2**20:.0f} MiB in memory, which would be copied to each worker. "
+            f"The image is an array of {image.nbytes / 2**20:.0f} MiB in memory, which would be sent with each block. "
             "Pass the path of a file that all workers can read, or a zarr array."
         )
 

@@ -40,6 +40,7 @@ from .progress_view import ProgressView
 from .tracks_panel import TracksPanel
 
 LIVE_DELAY_MS = 30
+FIT_DELAY_MS = 150  # until docks and canvas have their sizes
 _ACTIVE: list["Annotator"] = []
 
 
@@ -68,7 +69,7 @@ class Annotator(QWidget):
 
     mode = "2d"
     title = "Annotator 2d"
-    _was_docked = False
+    _was_docked = _was_shown = False
 
     def __init__(
         self,
@@ -290,8 +291,8 @@ class Annotator(QWidget):
         moment = known.last_change
         when = "" if moment is None else f", last change {datetime.fromtimestamp(moment):%d %b %H:%M}"
         question = Question(
-            f"An annotation of '{image.name}' was not saved: {known.n_objects} objects, {known.n_actions} actions"
-            f"{when}.", ("Recover", "Discard"),
+            f"An annotation of '{image.name}' was not saved: {forms.counted(known.n_objects, 'object')}, "
+            f"{forms.counted(known.n_actions, 'action')}{when}.", ("Recover", "Discard"),
         )
 
         def answer(text: str) -> None:
@@ -305,7 +306,7 @@ class Annotator(QWidget):
             if empty is not None:
                 empty.close()
             self._show(layer, session)
-            self.notices.info(f"Recovered {known.n_actions} actions.")
+            self.notices.info(f"Recovered {forms.counted(known.n_actions, 'action')}.")
 
         question.answered.connect(lambda text: self.attempt(answer, text))
         self.question.addWidget(question)
@@ -333,7 +334,13 @@ class Annotator(QWidget):
 
     def segment(self) -> None:
         """Segment the object from its prompts in the plane that is shown."""
-        self._start(lambda: tasks.segment(self.session, self.views.plane, batched=self._batched()), "segment")
+        self._start(self._segment_task, "segment")
+
+    def _segment_task(self, live: bool = False) -> Task:
+        return tasks.segment(
+            self.session, self.views.plane, batched=self._batched(), live=live,
+            drop_specks=self.segment_panel.drop_specks.isChecked(),
+        )
 
     def segment_all(self) -> None:
         """Segment the object in all slices or frames."""
@@ -358,7 +365,7 @@ class Annotator(QWidget):
 
         def done(n_objects: int) -> None:
             if n_objects:
-                self.notices.info(f"{n_objects} objects. Check them, then commit.")
+                self.notices.info(f"Found {forms.counted(n_objects, 'object')}. Check what was found, then commit.")
                 self.commit_panel.layer.setCurrentText("auto_segmentation")
 
         self._start(make, "auto", done)
@@ -372,7 +379,7 @@ class Annotator(QWidget):
         ))
         if result is not None:
             more = f"; {len(result.rejected)} rejected, as they cover committed objects" if result.rejected else ""
-            self.notices.info(f"Committed {len(result.ids)} object(s){more}.")
+            self.notices.info(f"Committed {forms.counted(len(result.ids), 'object')}{more}.")
             self.commit_panel.layer.setCurrentText("current_object")
 
     def clear(self) -> None:
@@ -422,6 +429,14 @@ class Annotator(QWidget):
         super().showEvent(event)
         bar = self._scroll.verticalScrollBar().sizeHint().width()
         self._scroll.setMinimumWidth(self._scroll.widget().minimumSizeHint().width() + bar + 4)
+        if not self._was_shown:
+            self._was_shown = True
+            QTimer.singleShot(FIT_DELAY_MS, self._fit_view)
+
+    def _fit_view(self) -> None:
+        """The dock has taken room from the canvas: show the whole image in what is left."""
+        if self in _ACTIVE and isalive(self):
+            self.viewer.reset_view()
 
     def closeEvent(self, event: Any) -> None:
         """Stop all work; what was done is in the journals."""
@@ -484,7 +499,7 @@ class Annotator(QWidget):
 
     def _follow_prompt(self) -> None:
         try:
-            task = tasks.segment(self.session, self.views.plane, batched=self._batched(), live=True)
+            task = self._segment_task(live=True)
         except PromptRefusal:
             return  # half a set of prompts is no mistake while the user is still placing them
         self._run(task, key="segment")
@@ -518,6 +533,7 @@ class Annotator(QWidget):
 
     def _show_model(self) -> None:
         model = self.session.model
+        self.embedding_panel.set_next(model is None)
         if model is None:
             return
         name = self.session.embeddings.describe()["model_name"]

@@ -8,7 +8,7 @@ import numpy as np
 from ..annotation.geometry import AnnotationImage
 from ..core.errors import UnsupportedError
 from .annotator import Annotator
-from .launch import launch
+from .launch import launch, run_command
 
 
 class Annotator3d(Annotator):
@@ -62,3 +62,8 @@ def annotator_3d(
         Annotator3d, image, embedding_path, segmentation_result, model_type, tile_shape, halo, return_viewer, viewer,
         precompute_amg_state, checkpoint_path, decoder_path, device, prefer_decoder,
     )
+
+
+def main() -> int:
+    """The command `micro_sam.annotator_3d`, with the arguments of the command line."""
+    return run_command("main_3d")

@@ -8,7 +8,10 @@ import numpy as np
 from ..annotation.geometry import AnnotationImage
 from ..core.errors import UnsupportedError
 from .annotator import Annotator
-from .launch import launch
+from .launch import launch, run_command
+from .tracking_menu import create_tracking_menu
+
+__all__ = ["AnnotatorTracking", "annotator_tracking", "create_tracking_menu", "main"]
 
 
 class AnnotatorTracking(Annotator):
@@ -58,3 +61,8 @@ def annotator_tracking(
         AnnotatorTracking, image, embedding_path, None, model_type, tile_shape, halo, return_viewer, viewer,
         precompute_amg_state, checkpoint_path, decoder_path, device, True,
     )
+
+
+def main() -> int:
+    """The command `micro_sam.annotator_tracking`, with the arguments of the command line."""
+    return run_command("main_tracking")

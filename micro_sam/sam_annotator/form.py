@@ -25,6 +25,8 @@ from superqt import QCollapsible
 
 SPACING = 6
 QUIET = "#80868f"  # can be read on light and dark
+ACCENT = "#2f6fde"
+_SPIN_WIDTH = 62
 
 
 class _WheelGuard(QObject):
@@ -134,6 +136,17 @@ def button(text: str, *, tooltip: str | None = None) -> QPushButton:
     return widget
 
 
+def accent(widget: QPushButton, on: bool) -> None:
+    """Show whether a button is the next one to press."""
+    style = f"QPushButton:enabled {{ background-color: {ACCENT}; color: white; font-weight: bold; }}"
+    widget.setStyleSheet(style if on else "")
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: `1 object`, `3 objects`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 class PathRow(QWidget):
     """A path that can be typed, dropped or chosen.
 
@@ -197,6 +210,8 @@ class PairRow(QWidget):
     def __init__(self, value: Sequence[int], minimum: int = 0, maximum: int = 2048, **options: Any):
         super().__init__()
         self.spins = tuple(integer(v, minimum, maximum, **options) for v in value)
+        for spin in self.spins:
+            spin.setMinimumWidth(_SPIN_WIDTH)
         row = QHBoxLayout(self)
         row.setContentsMargins(0, 0, 0, 0)
         row.setSpacing(SPACING)

@@ -13,7 +13,7 @@ from ..core.errors import InvalidInputError, MicroSamError
 from . import form as forms
 from .annotator_2d import Annotator2d
 from .annotator_3d import Annotator3d
-from .launch import add_dock
+from .launch import add_dock, run_command
 from .model_panel import EmbeddingPanel
 from .notices import NoticeLine
 from .series_dock import SeriesDock
@@ -63,6 +63,17 @@ class ImageSeriesAnnotator(QWidget):
         self.notices = NoticeLine()
         layout.addWidget(self.notices)
         layout.addStretch()
+
+    def __call__(self, skip_validate: bool = False) -> None:
+        """Open the annotator of the series, as the button does.
+
+        Args:
+            skip_validate: Whether to leave out the check of what is entered; what cannot be used is shown all the same.
+        """
+        if skip_validate:
+            self._start(self.model_panel.values())
+        else:
+            self.model_panel.request()
 
     def _start(self, request: EmbeddingRequest) -> None:
         try:
@@ -212,3 +223,8 @@ def _launch(
         return viewer
     napari.run()
     return None
+
+
+def main() -> int:
+    """The command `micro_sam.image_series_annotator`, with the arguments of the command line."""
+    return run_command("main_series")

@@ -1,5 +1,6 @@
 """Opening an annotator from Python or from the command line: viewer, image, dock, model."""
 
+import importlib
 import os
 from typing import Any
 
@@ -67,3 +68,9 @@ def add_dock(viewer: Any, annotator: type[Annotator], **options: Any) -> Annotat
     viewer.window.add_dock_widget(widget, name=annotator.title, area="right")
     return widget
 
+
+
+def run_command(name: str) -> int:
+    """Run a function of `micro_sam.cli.annotators` and return its exit code."""
+    # Looked up when it is called: commands lie above the annotators, and import them.
+    return getattr(importlib.import_module("micro_sam.cli.annotators"), name)()

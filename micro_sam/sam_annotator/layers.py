@@ -25,7 +25,9 @@ from ..core.errors import MicroSamError
 
 IMAGE, POINTS, SHAPES, TRACKS = "image", "point_prompts", "prompts", "tracks"
 LABEL_COLORS = {"positive": "#00FF00", "negative": "#FF0000"}
-POINT_SIZE = 12  # in voxels
+POINT_FRACTION = 1 / 48  # of the longer side of the image
+POINT_PIXELS = (10, 24)  # on the screen, however near one looks
+_AXES = {"2d": "yx", "3d": "zyx", "tracking": "tyx"}
 STATE_COLORS = {"track": "#00FFFF", "division": "#FF00FF"}
 _FINISHED = (ActionType.ADDED, ActionType.REMOVED, ActionType.CHANGED)
 _PLACEMENT = ("scale", "translate", "rotate", "shear", "affine")
@@ -73,6 +75,7 @@ class LayerViews:
         for name in (CURRENT, AUTO, COMMITTED, POINTS, SHAPES):
             self._create(name)
         self._face_image()
+        self._name_axes()
         session.events.labels.connect(self._show_labels)
         session.events.prompts.connect(self._show_prompts)
         session.events.state.connect(self._show_track)
@@ -299,6 +302,14 @@ class LayerViews:
         if dims.ndisplay == 2 and sorted(dims.displayed) != shown:
             dims.order = (*(axis for axis in dims.order if axis not in shown), *shown)
 
+    def _name_axes(self) -> None:
+        """Name the axes of the image in the sliders, unless they have names already; napari says `-3` or `0`."""
+        dims, names = self.viewer.dims, list(self.viewer.dims.axis_labels)
+        for axis, name in zip(self.session.image.axes, _AXES[self.session.mode]):
+            if names[axis].lstrip("-").isdigit():
+                names[axis] = name
+        dims.axis_labels = names
+
     def _follow_image(self, event: Any = None) -> None:
         placement = self._placement()
         for layer in self:
@@ -323,11 +334,12 @@ class LayerViews:
         tracking = self.session.mode == "tracking"
         placement = self._placement()
         # napari takes sizes as voxels of the last axis, which may be that of the channels.
-        size = POINT_SIZE * abs(placement["scale"][self.session.image.axes[-1]] / placement["scale"][-1])
+        stretch = abs(placement["scale"][self.session.image.axes[-1]] / placement["scale"][-1])
+        size = max(self.session.image.shape[-2:]) * POINT_FRACTION * stretch
         layer = self.viewer.add_points(
             ndim=self._ndim, name=POINTS, property_choices=self._choices, size=size, symbol="disc",
             border_color="label", border_color_cycle=list(LABEL_COLORS.values()),
-            border_width=0.4 if tracking else 0.5, border_width_is_relative=True,
+            border_width=0.4 if tracking else 0.5, border_width_is_relative=True, canvas_size_limits=POINT_PIXELS,
             **({"face_color": "state", "face_color_cycle": list(STATE_COLORS.values())} if tracking
                else {"face_color": "transparent"}),
             **placement,
@@ -415,6 +427,12 @@ class LayerViews:
             yield
         finally:
             self._busy -= 1
+
+
+def choose_next(layer: Any, **values: str) -> None:
+    """Choose features of the next point or shape; those that were placed before stay as they are."""
+    layer.selected_data = set()  # napari would change what is selected, too
+    layer.feature_defaults = {**layer.feature_defaults.iloc[0].to_dict(), **values}
 
 
 def is_left_behind(layer: Any) -> bool:

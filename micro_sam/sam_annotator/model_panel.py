@@ -22,7 +22,20 @@ from ..annotation.model_choice import (
     local_models_problem,
     model_entries,
 )
-from .form import PairRow, PathRow, add_row, button, choice, collapsible, form, hint, readable_size, select, set_options
+from .form import (
+    PairRow,
+    PathRow,
+    accent,
+    add_row,
+    button,
+    choice,
+    collapsible,
+    form,
+    hint,
+    readable_size,
+    select,
+    set_options,
+)
 from .notices import COLOURS
 from .tooltips import get_tooltip
 
@@ -130,11 +143,11 @@ class EmbeddingPanel(QWidget):
         for text, widget in (
             ("Model size:", self.size),
             ("Device:", self.device),
-            ("Embeddings save path:", self.save_path),
-            ("Custom weights path:", self.checkpoint),
+            ("Save path:", self.save_path),
+            ("Custom weights:", self.checkpoint),
             ("Tile shape:", self.tile),
             ("Halo:", self.halo),
-            ("Automatic segmentation:", self.segmentation),
+            ("Segmentation:", self.segmentation),
         ):
             add_row(settings, text, widget)
         advice = QHBoxLayout()
@@ -351,6 +364,10 @@ class EmbeddingPanel(QWidget):
         """Whether embeddings are being computed, so that they cannot be asked for."""
         self._busy = busy
         self.compute.setEnabled(not busy)
+
+    def set_next(self, is_next: bool) -> None:
+        """Whether embeddings are what the user has to ask for now, before anything else."""
+        accent(self.compute, is_next)
 
     def set_state(self, text: str) -> None:
         """Say which embeddings are there, for example `Ready: vit_b_lm, 512 × 512`."""

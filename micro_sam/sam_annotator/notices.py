@@ -1,5 +1,6 @@
 """What happened, said in a line in the panel; napari's own notifications are only for what must not be overlooked."""
 
+import bisect
 import html
 import logging
 import time
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from napari.utils.notifications import show_error, show_info, show_warning
-from qtpy.QtCore import Qt, Signal
+from qtpy.QtCore import QRect, Qt, Signal
 from qtpy.QtWidgets import (
     QDialog,
     QDialogButtonBox,
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 COLOURS = {"info": "#80868f", "success": "#4caf50", "warning": "#ffb300", "error": "#e5484d"}
 _NOTIFY = {"info": show_info, "success": show_info, "warning": show_warning, "error": show_error}
 HISTORY = 20
+LINES = 3  # of a message in the panel
 _LOG_BYTES = 1_000_000
 
 
@@ -95,14 +97,17 @@ def notify(level: str, text: str) -> None:
 
 
 class _Line(QLabel):
-    """One line that ends with an ellipsis where there is no room."""
+    """A few lines; what has no room in them ends with an ellipsis."""
 
     clicked = Signal()
 
     def __init__(self):
         super().__init__()
         self._full = ""
-        self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Preferred)
+        self.setWordWrap(True)
+        policy = QSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+        policy.setHeightForWidth(True)
+        self.setSizePolicy(policy)
 
     def set_full_text(self, text: str) -> None:
         self._full = " ".join(text.split())
@@ -113,8 +118,15 @@ class _Line(QLabel):
     def is_elided(self) -> bool:
         return self.text() != self._full
 
+    def _fits(self, text: str) -> bool:
+        metrics, room = self.fontMetrics(), QRect(0, 0, max(self.width(), 1), 10_000)
+        height = metrics.boundingRect(room, Qt.TextFlag.TextWordWrap, text).height()
+        return height <= LINES * metrics.lineSpacing()
+
     def _elide(self) -> None:
-        self.setText(self.fontMetrics().elidedText(self._full, Qt.TextElideMode.ElideRight, self.width()))
+        words = self._full.split(" ")
+        n = bisect.bisect_left(range(1, len(words)), True, key=lambda k: not self._fits(" ".join(words[:k]) + " …"))
+        self.setText(self._full if self._fits(self._full) else " ".join(words[:max(n, 1)]) + " …")
 
     def resizeEvent(self, event) -> None:
         super().resizeEvent(event)
@@ -122,7 +134,7 @@ class _Line(QLabel):
 
 
 class NoticeLine(QWidget):
-    """The last message; `Details` shows it in full and the ones before it."""
+    """The last message, in a few lines; `Details` shows it in full and the ones before it."""
 
     shown = Signal(object)
 

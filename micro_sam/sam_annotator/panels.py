@@ -107,6 +107,7 @@ class SegmentPanel(Panel):
         what = {"2d": "Object", "3d": "Slice", "tracking": "Frame"}[mode]
         self.live = self.check("Segment after each prompt", "live", True)
         self.batched = self.check("One object per prompt (batched)", "batched") if mode != "tracking" else None
+        self.drop_specks = self.check("Without specks", "drop_specks", True)
         self.segment = self.button(f"Segment {what} [S]", "run_button")
         if mode == "2d":
             return
@@ -130,7 +131,9 @@ class SegmentPanel(Panel):
 
     def settings(self) -> dict[str, Any]:
         """The settings for all planes."""
-        return {name: read(control) for name, control in self.rows.items()}
+        return {name: read(control) for name, control in self.rows.items()} | {
+            "drop_specks": self.drop_specks.isChecked()
+        }
 
     def set_settings(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():

@@ -60,6 +60,7 @@ _TOOLTIPS: Mapping[str, Mapping[str, str]] = MappingProxyType({
     "prompts": {"label": _LABEL, **_TRACKING},
     "segment": {
         "live": "Segment as soon as a point or shape is placed. Without it, press S.",
+        "drop_specks": "Leave out parts that no positive point lies on and that are outside of the box.",
         "batched": "Each positive point and each box is an object of its own.",
         "run_button": "Segment the object from the points and shapes.",
     },

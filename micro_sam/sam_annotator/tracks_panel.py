@@ -202,7 +202,7 @@ class TracksPanel(Panel):
             return
         frames = [f for i in ids for f in self.annotator.session.objects.frames(i)]
         shared = len(frames) - len(set(frames))
-        more = f" They shared {shared} frame(s): there it is one object." if shared else ""
+        more = f" They shared {forms.counted(shared, 'frame')}: there it is one object." if shared else ""
         joined = ", ".join(map(str, ids))
         self._edit(f"The tracks {joined} are track {ids[0]} now.{more}", "merge", ids, overlap=True)
 

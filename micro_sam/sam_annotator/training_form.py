@@ -6,7 +6,8 @@ from typing import Any
 from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QCheckBox, QFormLayout, QLineEdit, QVBoxLayout, QWidget
 
-from ..annotation.model_choice import ModelEntry, model_entries, resolve
+from ..annotation.model_choice import ModelEntry, get_entry, model_entries, resolve
+from ..models.specs import SHIPPED_MODEL
 from ..training.configurations import CONFIGURATIONS
 from ..training.plan import TrainingForm, default_save_root
 from .form import PairRow, PathRow, add_row, button, choice, collapsible, group, integer, select, set_options
@@ -167,9 +168,13 @@ class TrainingFields(QWidget):
 
     def show_hardware(self, preset: str, devices: Collection[str]) -> None:
         """Say which preset was found for the device, and offer the devices that there are."""
-        self._preset_name = preset
+        is_first, self._preset_name = self._preset_name is None, preset
         self.configuration.setItemText(0, f"auto ({preset})")
         set_options(self.device, ["auto", *devices], self.device.currentData())
+        if is_first and set(devices) <= {"cpu"} and self.family.currentData() is None and self.checkpoint.path is None:
+            # Larger models take days without a GPU.
+            select(self.family, get_entry(SHIPPED_MODEL).family)
+            self._fill_sizes()
         self._show_preset()
 
     def _show_preset(self, *_: Any) -> None:

@@ -1,5 +1,6 @@
 """The finetuning panel: choose data, check them, train, and see whether the model became better."""
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +8,8 @@ from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QSizePolicy, QVBoxLayout, QWidget
 
 from ..annotation.task import Task
-from ..core.errors import MicroSamError, OutputExistsError
-from ..core.progress import Step, Steps
+from ..core.errors import InvalidInputError, MicroSamError, OutputExistsError
+from ..core.progress import Step, Steps, drain
 from ..training.plan import (
     CheckedJob,
     FormError,
@@ -17,6 +18,7 @@ from ..training.plan import (
     check_form,
     check_steps,
     finetune_steps,
+    plan_training,
     register_result,
 )
 from .form import button
@@ -26,27 +28,29 @@ from .model_panel import EmbeddingPanel
 from .notices import COLOURS, NoticeLine
 from .progress_view import ProgressView, readable_time
 from .scroll_column import ScrollColumn
+from .torch_loading import load_torch
 from .training_form import TrainingFields
 from .training_results import ResultBox, RichText, report_html
 
 if TYPE_CHECKING:
-    import napari
+    from ..training.job import FinetuneResult
 
 _SCROLL_AFTER_MS = 50
+# A window that is drawn for the first time loads libraries, too, and would wait until those of torch are loaded.
+_LOAD_AFTER_SECONDS = 1.0
 
 
 class TrainingWidget(QWidget):
     """The dock of the finetuning.
 
     Args:
-        viewer: The napari viewer; the panel works without one.
+        parent: The widget that it lies in.
     """
 
     title = "Finetuning"
 
-    def __init__(self, viewer: "napari.viewer.Viewer | None" = None):
-        super().__init__()
-        self.viewer = viewer
+    def __init__(self, parent: QWidget | None = None):
+        super().__init__(parent)
         self.runner = JobRunner(self)
         self._checked: tuple[TrainingForm, CheckedJob] | None = None
         self._training: CheckedJob | None = None
@@ -104,6 +108,8 @@ class TrainingWidget(QWidget):
 
         def steps() -> Steps[tuple[str, list[str]]]:
             yield Step(0, 1, "Look at the hardware")
+            time.sleep(_LOAD_AFTER_SECONDS)
+            load_torch()
             from ..core.settings import available_devices
             from ..training.configurations import choose_configuration
             return choose_configuration(device), available_devices()
@@ -185,6 +191,31 @@ class TrainingWidget(QWidget):
         self.fields.refresh_models()
         for panel in self.window().findChildren(EmbeddingPanel):
             panel.refresh_models()
+
+    def __call__(self, skip_validate: bool = False) -> "FinetuneResult":
+        """Train with what is entered, and wait for the end, with a progress bar in the terminal.
+
+        Args:
+            skip_validate: Whether to leave out the check of the data.
+
+        Returns:
+            What came out; the model is in the menus, unless it became worse.
+
+        Raises:
+            InvalidInputError: If fields or data are wrong.
+        """
+        form = self.fields.values()
+        if skip_validate:
+            job = plan_training(form)
+        else:
+            checked = drain(check_steps(form))
+            if not checked.report.ok:
+                raise InvalidInputError("\n".join(checked.report.problems))
+            job = checked.job
+        result = drain(finetune_steps(job))
+        register_result(job, result)
+        self._refresh_menus()
+        return result
 
     # Showing
 

@@ -253,7 +253,8 @@ class BaseTrainer(EpochLoop, DefaultTrainer):
                 was interrupted continues, and one that is complete or was stopped early is left as it is.
             save_every_n_iterations: Write `latest.pt` also after so many iterations.
             save_every_minutes: Write `latest.pt` also after so many minutes.
-            should_stop: Called after each step of the optimizer; if it returns True, the training is cancelled.
+            should_stop: Called after each step of the optimizer, by trainers of SAM also in each layer; if it returns
+                True, the training is cancelled.
             verbose: Whether to show a bar if there is no `progress`.
 
         Raises:

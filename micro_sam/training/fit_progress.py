@@ -4,11 +4,14 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InvalidTypeError
 from ..core.progress import Steps
+
+if TYPE_CHECKING:
+    import torch
 
 _SIGNALS = ("pbar_total", "pbar_update", "pbar_description")
 _SECONDS_BETWEEN_ESTIMATES = 5.0
@@ -130,3 +133,36 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+class Interruption(KeyboardInterrupt):
+    """Ends a training in the middle of an iteration, as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def stop_within_iterations(networks: "Iterable[torch.nn.Module]", should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Let networks ask in each layer whether to stop, in forward and backward passes, and raise `Interruption` if so.
+
+    An iteration of a large encoder takes many seconds on a CPU, a layer of it a fraction of one.
+
+    Args:
+        networks: The networks that are trained.
+        should_stop: Says whether to stop; quick.
+    """
+
+    def check(*_: Any) -> None:
+        if should_stop():
+            raise Interruption
+
+    def check_backward(module: Any, inputs: Any, output: Any) -> None:
+        if getattr(output, "requires_grad", False):
+            output.register_hook(check)
+
+    modules = dict.fromkeys(module for network in networks for module in network.modules())
+    hooks = [hook for module in modules
+             for hook in (module.register_forward_pre_hook(check), module.register_forward_hook(check_backward))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

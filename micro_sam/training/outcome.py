@@ -17,7 +17,7 @@ from .._version import __version__
 from ..core.errors import InvalidInputError
 from ..core.labels import get_centers_and_bounding_boxes
 from ..core.output import write_json
-from ..core.progress import Step, Steps, drain
+from ..core.progress import Step, Steps, during
 from ..inference import batched_inference
 from ..segmentation.workflow import LoadedModel, default_options, load_model, plan_image, segmentation_steps
 
@@ -166,7 +166,7 @@ def score_steps(
             plan = plan_image(model, image.labels.shape, None, None, {}, None)
             options = {**plan.work, **default_options(options_of, model.mode)}
             steps = segmentation_steps(model.predictor, plan.segmenter, image.image, **options)
-            labels, _ = drain(steps, verbose=False)
+            labels, _ = yield from during(steps, Step(n, len(held_out), text))
             scores["automatic"].append(mean_segmentation_accuracy(labels, image.labels))
             if n < n_examples:
                 examples.append(labels)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch_em.loss import DiceLoss
 
 from ..core.errors import InvalidInputError, require_positive_int
+from ..core.progress import Steps
 from ..prompt_generators import IterativePromptGenerator, PromptGeneratorBase
 from . import checkpoint as checkpoints
 from . import processes
 from .base_trainer import BaseTrainer
 from .epoch_loop import BatchResult
+from .fit_progress import stop_within_iterations
 from .interactive import (
     Losses,
     PromptBatch,
@@ -113,6 +115,34 @@ class SamTrainer(BaseTrainer):
         self.mask_prob = mask_prob
         self.mask_loss = mask_loss
         self._mark_boundary()
+
+    # --- stopping ---
+
+    def fit_steps(self, *args: Any, should_stop: Callable[[], bool] | None = None, **kwargs: Any) -> Steps[None]:
+        """Train as a generator of steps; see `BaseTrainer`.
+
+        In a single process `should_stop` is asked in each layer of the networks, too: the iteration is then given up,
+        and repeated when the training is continued.
+        """
+        steps = super().fit_steps(*args, should_stop=should_stop, **kwargs)
+        # Other processes would wait for this one's gradients; what is compiled has no layers that could ask.
+        if should_stop is None or processes.is_active() or self.compile_model:
+            yield from steps
+            return
+        with stop_within_iterations(self._networks(), should_stop):
+            yield from steps
+
+    def _mark_boundary(self) -> None:
+        super()._mark_boundary()
+        networks = self._networks() if hasattr(self, "model") else []
+        norms = [m for network in networks for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+
+    def _save_boundary(self) -> None:
+        # Forward passes after the boundary have changed the running statistics; they will be repeated.
+        for buffer, value in self._statistics if self._consistent else ():
+            buffer.copy_(value)
+        super()._save_boundary()
 
     # --- what the checkpoint says ---
 

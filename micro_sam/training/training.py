@@ -134,7 +134,7 @@ def train_sam(
             versions 1 did, instead of one for their sum.
         save_every_n_iterations: Write `latest.pt` also after so many iterations; it is always written after an epoch
             and every ten minutes.
-        should_stop: Called after each step; if it returns True the training is cancelled.
+        should_stop: Called after each step and in each layer; if it returns True the training is cancelled.
         progress: An object like a tqdm bar to show the progress with.
         verbose: Whether to show bars.
         settings: More for the checkpoints to record: plain values, for example the training data.
