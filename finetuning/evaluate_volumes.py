@@ -3,8 +3,8 @@
     python finetuning/evaluate_volumes.py DATA/lm3d_mouse_embryo DATA/em3d_chloroplast [--model vit_t_lite]
 
 Each folder holds one `*_image.tif` and its `*_labels.tif`. For `automatic` all objects are segmented with the defaults
-of `micro_sam.segment`. For `prompts` each object of the ground truth gets the box of its largest slice, as the prompt
-generator makes it, and is followed from there. mSA is that of `evaluate_vit_t_lite.py`, over voxels. Each line is a
+of `micro_sam.segment`. For `prompts` each object of the ground truth gets the box of its largest slice and is
+followed from there. mSA is over voxels. Each line is a
 process of its own, so that its peak memory is its own.
 """
 
@@ -18,30 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-import torch
-from evaluate_vit_t_lite import segmentation_accuracy
 
 import micro_sam
-from micro_sam.automatic_segmentation import get_predictor_and_segmenter
-from micro_sam.embeddings.encode import precompute_image_embeddings
-from micro_sam.prompt_generators import PointAndBoxPromptGenerator
-from micro_sam.util import get_centers_and_bounding_boxes, segmentation_to_one_hot
-from micro_sam.volume.paint import paint_objects
-from micro_sam.volume.propagate import SlicePrompts, propagate_objects
+from micro_sam.evaluation.metrics import segmentation_scores
+from micro_sam.evaluation.multi_dimensional_segmentation import segment_slices_from_ground_truth
 
-
-def prompts_from_truth(truth: np.ndarray) -> dict[int, dict[int, SlicePrompts]]:
-    """For each object its largest slice and the box there."""
-    generator = PointAndBoxPromptGenerator(0, 0, 0, get_point_prompts=False, get_box_prompts=True)
-    prompts = {}
-    for id_ in np.unique(truth)[1:].tolist():
-        z = int((truth == id_).sum(axis=(1, 2)).argmax())
-        _, boxes = get_centers_and_bounding_boxes(np.where(truth[z] == id_, 1, 0).astype(np.uint8))
-        mask = segmentation_to_one_hot(truth[z], [id_])
-        _, _, box, _ = generator(mask, [boxes[1]])
-        x0, y0, x1, y1 = torch.as_tensor(box)[0].tolist()
-        prompts[id_] = {z: SlicePrompts(box=np.array([y0, x0, y1, x1]))}
-    return prompts
+# Those of the annotator, see `propagate_objects`.
+FOLLOW = {
+    "projection": "box", "box_extension": 0.05, "iou_threshold": 0.5, "max_area_change": 1.75, "max_drift": 0.5,
+}
 
 
 def run(folder: Path, task: str, model: str) -> dict:
@@ -52,16 +37,14 @@ def run(folder: Path, task: str, model: str) -> dict:
     if task == "automatic":
         labels = micro_sam.segment(volume, model=model, min_z_extent=2, device="cpu", batch_size=2)
     else:
-        predictor, _ = get_predictor_and_segmenter(model, device="cpu")
-        embeddings = precompute_image_embeddings(predictor, volume, ndim=3, verbose=False, batch_size=2)
-        objects = propagate_objects(predictor, embeddings, prompts_from_truth(truth), "box", verbose=False)
-        labels = np.zeros(volume.shape, dtype=np.uint32)
-        paint_objects(labels, objects)
+        _, labels = segment_slices_from_ground_truth(
+            volume, truth, model, prompt_slice="largest", device="cpu", batch_size=2, return_segmentation=True, **FOLLOW
+        )
     seconds = time.perf_counter() - start
-    scores = segmentation_accuracy(labels, truth)
+    scores = segmentation_scores(labels, truth)
     return {
         "shape": list(volume.shape), "objects": len(np.unique(truth)) - 1, "found": len(np.unique(labels)) - 1,
-        "mSA": float(scores.mean()), "SA50": float(scores[0]), "seconds": seconds,
+        "mSA": scores["mSA"], "SA50": scores["SA50"], "seconds": seconds,
         "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

@@ -404,7 +404,8 @@ def main() -> None:
         name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=DecoderLoss(),
         optimizer=optimizer, metric=DecoderLoss(), device=args.device,
         lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None,
-        mixed_precision=can_mix_precision(torch.device(args.device)), mixed_precision_dtype="bfloat16", save_root=str(args.output), compile_model=False,
+        mixed_precision=can_mix_precision(torch.device(args.device)), mixed_precision_dtype="bfloat16",
+        save_root=str(args.output), compile_model=False,
     )
     trainer.average = Average(model)
     try:

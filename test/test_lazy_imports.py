@@ -14,6 +14,7 @@ HEAVY = ("torch", "napari", "qtpy", "segment_anything", "torch_em")
 COMMANDS = [
     "automatic_segmentation:main", "precompute_embeddings:main", "info:main", "train:main", "replay:main",
     "annotators:main_2d", "annotators:main_3d", "annotators:main_tracking", "annotators:main_series", "convert:main",
+    "evaluate:main", "benchmark_sam:main", "export_model:main", "export_model:main_import",
 ]
 
 
