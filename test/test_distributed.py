@@ -165,7 +165,7 @@ def test_tracks_of_a_time_series(tmp_path, client):
     frame = np.zeros((64, 64), np.uint8)
     frame[10:30, 10:30], frame[40:55, 35:55] = 200, 150
     movie = np.stack([frame, np.roll(frame, 1, 1), np.roll(frame, 2, 1)])
-    tifffile.imwrite(tmp_path / "movie.tif", movie, metadata={"axes": "TYX"})
+    tifffile.imwrite(tmp_path / "movie.tif", movie, metadata={"axes": "TYX"}, photometric="minisblack")
     tracks, lineages = distributed.track(
         client, str(tmp_path / "movie.tif"), tmp_path / "tracks", "vit_t_lite", "ais", tracking_model="motile",
         verbose=False,

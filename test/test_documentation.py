@@ -160,8 +160,7 @@ def test_every_fence_says_what_it_is():
 
 @pytest.mark.parametrize("script", sorted(HOOKS.console_scripts()))
 def test_commands_are_complete(script):
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert re.search(rf"^#+ .*{re.escape(script)}|`{re.escape(script)}`", text, re.MULTILINE), "not explained in a page"
+    assert any(re.search(rf"{script}\b", page.read_text(encoding="utf-8")) for page in PAGES), "in no page"
     section = HOOKS.commands_page().partition(f"\n## {script}\n")[2].partition("\n## ")[0]
     parser = HOOKS.parser_of(script)
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]

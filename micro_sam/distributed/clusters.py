@@ -91,6 +91,7 @@ def _local_cluster(n_workers: int | None) -> Any:
 
 def _batch_cluster(scheduler: str, n_jobs: int, options: Mapping[str, Any]) -> Any:
     try:
+        import dask
         import dask_jobqueue
     except ModuleNotFoundError as error:
         raise MissingPackageError(
@@ -98,13 +99,12 @@ def _batch_cluster(scheduler: str, n_jobs: int, options: Mapping[str, Any]) -> A
             "pip install \"micro_sam[distributed]\"."
         ) from error
     kind = {"slurm": dask_jobqueue.SLURMCluster, "lsf": dask_jobqueue.LSFCluster}[scheduler]
-    try:
-        # One process with one thread per job: the model is loaded once, and torch uses the cores of the job.
-        cluster = kind(processes=1, **{"cores": 1, **options})
-    except (TypeError, ValueError) as error:
+    if "memory" not in options and dask.config.get(f"jobqueue.{scheduler}.memory", None) is None:
         raise InvalidInputError(
-            f"The jobs of {scheduler} cannot be described: {error}. Pass what your cluster needs, for example "
+            f"The jobs of {scheduler} need to know their memory. Pass what your cluster asks for, for example "
             "memory=32GB and walltime=04:00:00, or write it into dask's configuration (jobqueue.yaml)."
-        ) from error
+        )
+    # One process with one thread per job: the model is loaded once, and torch uses the cores of the job.
+    cluster = kind(**{"cores": 1, **options, "processes": 1})
     cluster.scale(jobs=n_jobs)
     return cluster
