@@ -29,7 +29,7 @@ from micro_sam.evaluation.instance_segmentation import (
 from micro_sam.segmentation import apg, workflow
 from micro_sam.segmentation.factory import get_instance_segmentation_generator
 
-TILES = {"tile_shape": (80, 48), "halo": (0, 16)}
+TILES = {"tile_shape": (48, 96), "halo": (16, 0)}
 SCORES = ["mSA", "SA50", "SA75", "Precision", "Recall", "F1"]
 # The maps of the random decoder are around these values.
 GRIDS = {
