@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from joblib import cpu_count
 
-from ..core.errors import InvalidInputError, require_positive_int
+from ..core.errors import InvalidInputError
 from ..core.progress import Step, Steps
 from ..core.prompts import BatchedPrompts
 from ..segmentation.apg import point_prompts_from_maps
@@ -80,8 +80,6 @@ def score_steps(
     Returns:
         The scores of `metrics.segmentation_scores`, in the order of the options.
     """
-    if n_workers is not None:
-        require_positive_int("n_workers", n_workers)
     scores: list[dict[str, float] | None] = [None] * len(options)
     known: dict[bytes, dict[str, float]] = {}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.errors import InvalidInputError, OutputExistsError
+from ..core.errors import InvalidInputError, OutputExistsError, require_positive_int
 from ..core.image import open_image
 from ..core.inputs import InputFile, name_outputs
 from ..core.output import is_done, is_same, label_stem, prepare_folder, write_json, write_labels
@@ -150,6 +150,8 @@ def grid_search_steps(
     options = combinations(grid_search_values, fixed, segmenter)
     tiling = check_tiling(tiling_window_params)
     check_tiled(segmenter, tiling.get("tile_shape"))
+    if n_workers is not None:
+        require_positive_int("n_workers", n_workers)
     pairs = pair_files(list(image_paths), list(gt_paths), ("images", "ground truths"))
     outputs = named_outputs([image for image, _ in pairs], result_dir, ".csv")
     prepare_folder(outputs[0])
