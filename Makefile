@@ -4,13 +4,14 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean help
+.PHONY: demo test docs lint clean help
 
 help:
 	@echo "make demo   install into $(VENV) and segment the example images (results in demo_output/)"
 	@echo "make test   install the test tools as well and run all checks"
+	@echo "make docs   build the documentation into site/ (open site/index.html)"
 	@echo "make lint   only the style and layer checks"
-	@echo "make clean  remove $(VENV) and demo_output/"
+	@echo "make clean  remove $(VENV), demo_output/ and site/"
 
 demo: $(VENV)/.installed
 	$(PY) examples/demo.py
@@ -19,11 +20,14 @@ test: $(VENV)/.installed-test
 	.ci/system-packages
 	.ci/check
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 lint: $(VENV)/.installed-test
 	.ci/check --lint-only
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output site
 
 # The stamp is written last, so an interrupted installation is taken up again by the next call.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,4 +40,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install --quiet -c constraints.txt -e ".[gui,test]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@

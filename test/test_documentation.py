@@ -63,6 +63,9 @@ def commands(block: str) -> list[list[str]]:
     return found
 
 
+# bioimageio.core leaves files open.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("page", of_kind("python"))
 def test_python_runs(page, tmp_path, monkeypatch):
     if page.name in WITH_SCREEN:

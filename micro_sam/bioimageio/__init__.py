@@ -1,4 +1,4 @@
-"""Exchange of models: packages for bioimage.io, written and read.
+"""Exchange of models: packages for bioimage.io, written and read, and ONNX.
 
 The names are loaded when they are first used, so that importing this package is quick.
 """
@@ -6,6 +6,10 @@ The names are loaded when they are first used, so that importing this package is
 from importlib import import_module
 
 _HOMES = {
+    "export_bioengine_model": "bioengine_export",
+    "export_image_encoder": "bioengine_export",
+    "export_onnx": "onnx_export",
+    "export_onnx_model": "bioengine_export",
     "export_sam_model": "model_export",
     "import_model": "model_import",
     "PredictorAdaptor": "predictor_adaptor",

@@ -126,6 +126,16 @@ def _with_former_exporter(graph: Graph, path: Path, opset: int) -> None:
     )
 
 
+def _check_version(path: Path, opset: int) -> None:
+    """Raise if the exporter could not convert to the version that was asked for: it only logs that."""
+    import onnx
+
+    file = onnx.load(path, load_external_data=False)
+    found = next(entry.version for entry in file.opset_import if entry.domain == "")
+    if found != opset:
+        raise ModelError(f"it writes version {found}")
+
+
 def write_onnx(graph: Graph, path: Path, opset: int) -> dict[str, float]:
     """Write a part of a model as ONNX file and compare it with the network.
 
@@ -141,15 +151,17 @@ def write_onnx(graph: Graph, path: Path, opset: int) -> dict[str, float]:
         warnings.simplefilter("ignore")
         try:
             export(graph, path, opset)
+            _check_version(path, opset)
+            session = open_session(path)
         except OSError:
             raise
-        except Exception as error:  # exporters raise errors of many kinds
+        except Exception as error:  # exporters and onnxruntime raise errors of many kinds
             reason = str(error).strip().splitlines()
             raise ModelError(
                 f"The {graph.name} cannot be exported with opset {opset} by torch {torch.__version__}: "
                 f"{reason[0] if reason else type(error).__name__}. Try opset={DEFAULT_OPSET}."
             ) from error
-    differences = compare(graph, path)
+    differences = compare(graph, session)
     for name, difference in differences.items():
         if name not in graph.counted and not difference <= TOLERANCE:
             raise ModelError(
@@ -169,9 +181,8 @@ def open_session(path: str | os.PathLike):
 
 
 @torch.no_grad()
-def compare(graph: Graph, path: Path) -> dict[str, float]:
+def compare(graph: Graph, session) -> dict[str, float]:
     """Run network and file on the examples that were not traced; return the largest difference for each output."""
-    session = open_session(path)
     differences = dict.fromkeys(graph.outputs, 0.0)
     for example in graph.examples[1:]:
         expected = graph.module(**example)

@@ -48,7 +48,8 @@ class BaseTrainer(EpochLoop, DefaultTrainer):
     Frozen parts (without parameters that require gradients) stay in evaluation mode.
 
     Args:
-        args, kwargs: Arguments of `torch_em.trainer.DefaultTrainer`. `mixed_precision` is bfloat16 on the CPU, if it
+        *args: Arguments of `torch_em.trainer.DefaultTrainer`.
+        **kwargs: More of them. `mixed_precision` is bfloat16 on the CPU, if it
             has the instructions for it, and float16 with scaled gradients on CUDA; elsewhere it is switched off.
             `early_stopping` is the number of epochs in a row without a better metric after which training stops.
             Any scheduler works; it gets the metric if it takes one, as `ReduceLROnPlateau`.
