@@ -238,6 +238,24 @@ def test_killed_runs_go_on(tmp_path):
     assert same_partition(run(discs(), out)[...], discs())
 
 
+def test_one_process_at_a_time_and_options_that_go_together(tmp_path):
+    truth, path = discs(), tmp_path / "a.zarr"
+    grid = BlockGrid.create(truth.shape, (256, 256), (32, 32))
+    first = segment_steps(ImageSource(truth), grid, Components(), path, {"seed": 0})
+    next(first)
+    with pytest.raises(BlockError, match=r"Another process.*a\.zarr"):
+        run(truth, path)
+    first.close()
+    assert same_partition(run(truth, path)[...], truth)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.zarr"]
+
+    stack, lite = np.zeros((2, 40, 40), np.uint8), "vit_t_lite"
+    with pytest.raises(InvalidInputError, match="gap_closing are for merging"):
+        segment_blockwise(stack, tmp_path / "b.zarr", lite, "ais", merge=False, gap_closing=1, verbose=False)
+    with pytest.raises(InvalidInputError, match="mask_with_background is an option of the mode 'amg'"):
+        segment_blockwise(stack, tmp_path / "b.zarr", lite, "ais", mask_with_background=True, verbose=False)
+
+
 def test_matches_are_the_best_of_both():
     a = np.array([[1, 1, 1, 1, 2, 2, 0, 3]])
     b = np.array([[5, 5, 5, 6, 6, 6, 6, 0]])

@@ -18,6 +18,7 @@ from micro_sam.core.errors import (
     InvalidTypeError,
 )
 from micro_sam.core.progress import Cancelled, drain
+from micro_sam.evaluation.metrics import segmentation_scores
 from micro_sam.models.checkpoints import read_checkpoint
 from micro_sam.models.decoder import DecoderAdapter
 from micro_sam.training import configurations, outcome, runs, training
@@ -267,18 +268,6 @@ def scores(automatic, point=(0.5, None), images=("a", "b"), mode="ais"):
     return outcome.Scores("m", list(images), {"automatic": list(automatic), "point": list(point)}, 3, mode)
 
 
-def test_accuracy_of_a_segmentation():
-    truth = np.zeros((20, 30), dtype=int)
-    truth[:10, :10], truth[12:, 20:] = 4, 9
-    half = truth.copy()
-    half[:10, 7:10] = 0  # IoU 0.7, above the thresholds 0.5, 0.55, 0.6 and 0.65, perhaps 0.7
-    half[0, 7] = 4  # IoU 0.71
-    # Five thresholds with both objects, and five with one of them: TP 1, FP 1, FN 1.
-    assert outcome.mean_segmentation_accuracy(half, truth) == pytest.approx((5 * 1 + 5 / 3) / 10)
-    assert outcome.mean_segmentation_accuracy(truth * 0, truth) == 0
-    assert outcome.mean_segmentation_accuracy(truth * 0, truth * 0) == 1
-
-
 def test_verdicts():
     before = scores([0.4, 0.6])
     assert outcome.compare(before, scores([0.5, 0.7]), ["automatic"]).verdict == "better"
@@ -305,7 +294,7 @@ def test_scores_of_a_real_model(tiny_checkpoint, cells_image, cells_labels):
     predictor, segmenter = get_predictor_and_segmenter("vit_t", tiny_checkpoint, "cpu")
     segmenter.initialize(cells_image.astype("float32"))
     labels = segmenter.generate()
-    assert found.tasks["automatic"] == [outcome.mean_segmentation_accuracy(labels, cells_labels)]
+    assert found.tasks["automatic"] == [segmentation_scores(labels, cells_labels)["mSA"]]
     assert np.array_equal(found.labels[0], labels)
     # The box of one object, predicted by hand.
     one = np.where(cells_labels == 5, 5, 0)

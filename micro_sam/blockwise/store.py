@@ -5,15 +5,18 @@ is finished if and only if it has a line; its file is complete then. The folder 
 workers share. It is deleted when the output is complete.
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core.errors import OutputExistsError
+from ..core.errors import BlockError, EmbeddingCacheError, OutputExistsError
 from ..core.output import is_same, smallest_dtype, temporary_path, write_json, writing
+from ..embeddings.lock import locked
 
 
 def block_path(folder: str | Path, block_id: int) -> Path:
@@ -31,6 +34,25 @@ def load_block(folder: str | Path, block_id: int) -> np.ndarray:
     """Read the labels of the outer block."""
     with np.load(block_path(folder, block_id), allow_pickle=False) as file:
         return file["labels"]
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold the right to work on an output; the system takes it back when the process ends, however it ends.
+
+    Raises:
+        BlockError: If another process has it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            try:
+                stack.enter_context(locked(lock))
+            except EmbeddingCacheError as error:
+                raise BlockError(
+                    f"Another process is working on {path}. Wait until it is done, stop it, or choose another output."
+                ) from error
+        yield
 
 
 class WorkFolder:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core.image import LazyImage, open_image
+from ..core.labels import relabel_consecutive
 from ..core.progress import drain
 from ..segmentation.workflow import LoadedModel, load_model, plan_image, segmentation_steps
 from .blocks import BlockGrid, shared_pixels
@@ -83,9 +84,8 @@ class SegmentBlock:
         start = time.perf_counter()
         block = self.grid[block_id]
         index = block.tile.outer if block.z is None else (block.z, *block.tile.outer)
-        labels = np.asarray(self.segment(np.asarray(self.image.open().data[index])))
-        ids, labels = np.unique(labels, return_inverse=True)  # consecutive, so that ids can be numbered over blocks
-        labels = labels.reshape(block.tile.outer_shape) + int(len(ids) > 0 and ids[0] != 0)
+        labels = self.segment(np.asarray(self.image.open().data[index]))
+        labels = relabel_consecutive(labels)  # so that ids can be numbered over blocks
         save_block(self.folder, block_id, labels)
         return {"n_objects": int(labels.max(initial=0)), "seconds": round(time.perf_counter() - start, 3)}
 

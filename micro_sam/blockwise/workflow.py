@@ -23,7 +23,7 @@ from ..volume.merge import check_merge_options, merge_steps
 from .blocks import BlockGrid
 from .engine import Engine, LocalEngine, work_steps
 from .stitch import joined_ids
-from .store import WorkFolder
+from .store import WorkFolder, one_at_a_time
 from .tasks import ImageSource, MatchBlock, ModelSource, PaintBlock, SegmentBlock, SegmentPixels
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 BLOCK_SHAPE = (2048, 2048)
 HALO = (128, 128)
 _CHUNK_SIDE = 1024
+_TILES = ("tile_shape", "halo", "embedding_options")  # follow from the shape of a block
 
 
 def segment_blockwise(
@@ -115,8 +116,13 @@ def blockwise_steps(
         volume_options.get("beta", 0.5), volume_options.get("gap_closing"), volume_options.get("min_z_extent"),
         volume_options.get("neck_penalty", 0.0),
     )
-    volume_options.pop("mask_with_background", None)
+    if volume_options and not merge:
+        raise InvalidInputError(f"{', '.join(volume_options)} are for merging planes. Leave them out, or merge.")
     loaded = model.load()
+    if (mask_with_background := volume_options.pop("mask_with_background", None)) is not None:
+        if loaded.mode != "amg":
+            raise InvalidInputError(f"mask_with_background is an option of the mode 'amg', not of {loaded.mode!r}.")
+        options["with_background"] = bool(mask_with_background)
     name = None if model.checkpoint else model.model_type
     plan = plan_image(loaded, grid.tiling[0].outer_shape, "auto", None, options, name)  # also checks the options
     value_range = measure_range(image.data, image.has_channels, PERCENTILES)
@@ -128,7 +134,8 @@ def blockwise_steps(
         "block_shape": grid.tiling.tile_shape,
         "halo": grid.tiling.halo,
         "merge": bool(merge) and image.ndim == 3,
-        "options": full_options(lambda: None, {**options, **volume_options}),
+        "options": full_options(plan.segmenter.generate, {k: v for k, v in plan.work.items() if k not in _TILES}),
+        "given": full_options(lambda: None, {**options, **volume_options}),
     }))
     segment = SegmentPixels(model, value_range, options)
     return (yield from segment_steps(
@@ -146,8 +153,8 @@ def check_output_path(path: str | os.PathLike) -> Path:
     path = Path(path).expanduser()
     if path.suffix.lower() != ".zarr" or path.name.lower().endswith(".ome.zarr"):
         raise InvalidInputError(
-            f"Blocks are written to a zarr array, whose name ends in .zarr, but the output is {path.name}. Convert it "
-            "afterwards with micro_sam.convert."
+            f"Blocks are written to a zarr array, whose name ends in .zarr, but the output is {path.name}. Choose such "
+            "a name (--output_format zarr for several images), and convert it afterwards with micro_sam.convert."
         )
     return path
 
@@ -178,11 +185,21 @@ def segment_steps(
         overwrite: Whether to replace what was made with other settings.
     """
     engine = LocalEngine() if engine is None else engine
-    if is_done(output_path, settings, overwrite):
-        logger.info("%s exists and was made with the same settings.", output_path)
-        yield Step(len(grid), len(grid), "Segment blocks")
-        return zarr.open_array(str(output_path), mode="r")
     prepare_folder(output_path)
+    with one_at_a_time(output_path):
+        if is_done(output_path, settings, overwrite):
+            logger.info("%s exists and was made with the same settings.", output_path)
+            yield Step(len(grid), len(grid), "Segment blocks")
+            return zarr.open_array(str(output_path), mode="r")
+        return (yield from _block_steps(
+            source, grid, segment, output_path, settings, engine, merge_options, retries, overwrite
+        ))
+
+
+def _block_steps(
+    source: ImageSource, grid: BlockGrid, segment: Callable, output_path: Path, settings: dict[str, Any],
+    engine: Engine, merge_options: Mapping[str, Any] | None, retries: int, overwrite: bool,
+) -> Steps[zarr.Array]:
     work = WorkFolder(output_path.with_name(f"{output_path.name}.blocks"), settings, overwrite)
     folder = str(work.path)
 

@@ -39,7 +39,9 @@ class DaskEngine:
 
         if not items:
             return
-        self.client.wait_for_workers(1, timeout=300)
+        if not self.client.nthreads():
+            logger.warning("Waiting for a worker, such as a job in the queue of a batch system.")
+            self.client.wait_for_workers(1)
         waiting = iter(items)
         running: dict[str, T] = {}
         name, count = f"{type(function).__name__}-{uuid.uuid4().hex[:8]}", itertools.count()
@@ -74,6 +76,6 @@ class DaskEngine:
         if future.status == "error":
             return future.exception()
         raise BlockError(
-            f"The scheduler {self.client.scheduler_info().get('address', '')} was lost, or the work was cancelled "
-            "there. What is finished is kept: start the scheduler again and run again, it goes on from there."
+            "The scheduler was lost, or the work was cancelled there. What is finished is kept: start the scheduler "
+            "again and run again, it goes on from there."
         )

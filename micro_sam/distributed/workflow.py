@@ -168,7 +168,7 @@ def precompute_embeddings(
 
     def fill(predictor, plan: EmbeddingPlan, sink, read, batch_size: int) -> Steps[None]:
         missing = [item for item in plan.items if not sink.is_done(item)]
-        encode = EncodeItems(source, model_source, plan, for_items, str(save_path))
+        encode = EncodeItems(source, model_source, plan, for_items, str(sink.path))
         # One batch is one piece of work, so pieces are counted, not items.
         batches = [missing[k:k + batch_size] for k in range(0, len(missing), batch_size)]
         yield from work_steps(

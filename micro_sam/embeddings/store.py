@@ -238,7 +238,8 @@ class StoreSink:
         dtype: str | None = None,
         zarr_format: int = 3,
     ):
-        self._path, self._plan = path, plan
+        self.path = path
+        self._plan = plan
         self._sizes = {t: encoder_sizes(predictor, plan, t) for t in (plan.tile_ids if plan.tiling else [None])}
         shape = (1, *feature_shape(predictor))
         self._shape = shape if plan.depth is None else (plan.depth, *shape)
@@ -272,28 +273,28 @@ class StoreSink:
 
     def _remove_torn_files(self) -> None:
         """Remove files of which the writing was cut off, under their temporary names."""
-        torn = [self._path / name for name in os.listdir(self._path) if _TORN.match(name)]
-        for file in [*torn, *(self._path / "features").rglob("*.partial")]:
+        torn = [self.path / name for name in os.listdir(self.path) if _TORN.match(name)]
+        for file in [*torn, *(self.path / "features").rglob("*.partial")]:
             file.unlink(missing_ok=True)
 
     def _open_root(self, signature: Signature, zarr_format: int) -> zarr.Group:
-        if open_cache(self._path) is not None:
-            root = zarr.open_group(self._path, mode="r+", use_consolidated=False)
+        if open_cache(self.path) is not None:
+            root = zarr.open_group(self.path, mode="r+", use_consolidated=False)
             if "complete" in root.attrs:
                 return root
         # Nothing here, or only an empty group: start anew.
         self._done.clear()
-        remove_cache(self._path)
+        remove_cache(self.path)
         attrs = {**signature.to_attributes(), "dtype": self._dtype, "micro_sam_format": FORMAT_VERSION}
         attrs["complete"] = False
-        return zarr.create_group(self._path, zarr_format=zarr_format, attributes=attrs, overwrite=False)
+        return zarr.create_group(self.path, zarr_format=zarr_format, attributes=attrs, overwrite=False)
 
     def _open_arrays(self) -> dict[int | None, zarr.Array]:
         plan = self._plan
         if plan.tiling is None:
             return {None: self._open_array(self._root, "features", {}, None)}
         wanted = tiling_attrs(plan)
-        group = open_node(self._root, "features", self._path)
+        group = open_node(self._root, "features", self.path)
         if group is None or dict(group.attrs) != wanted:
             self._done.clear()
             self._log.unlink(missing_ok=True)
@@ -302,7 +303,7 @@ class StoreSink:
 
     def _open_array(self, group: zarr.Group, name: str, attrs: dict, tile: int | None) -> zarr.Array:
         attrs = {key: list(value) for key, value in attrs.items()}
-        if (array := open_node(group, name, self._path)) is not None:
+        if (array := open_node(group, name, self.path)) is not None:
             found = (tuple(array.shape), tuple(array.chunks), str(array.dtype), dict(array.attrs))
             if found == (self._shape, self._chunks, self._dtype, attrs):
                 return array
@@ -317,13 +318,13 @@ class StoreSink:
 
     def write(self, items: list[Item], features: np.ndarray) -> None:
         """Write a batch, then note it."""
-        with _write_errors(self._path):
+        with _write_errors(self.path):
             _write_chunks(self._arrays, self._dtype, items, features)
         self.note(items)
 
     def note(self, items: list[Item]) -> None:
         """Note a batch whose chunks are on disk: as a whole, so that a resumed run forms the same batches."""
-        with _write_errors(self._path), open(self._log, "ab", buffering=0) as log:
+        with _write_errors(self.path), open(self._log, "ab", buffering=0) as log:
             log.write(json.dumps([list(item) for item in items]).encode() + b"\n")
         self._done.update(items)
 
@@ -333,7 +334,7 @@ class StoreSink:
         sizes = self._sizes[None] if plan.tiling is None else {"original_size": None, "input_size": None}
         sizes = {k: None if v is None else list(v) for k, v in sizes.items()}
         attrs = {**self._root.attrs, "complete": True}
-        with _write_errors(self._path):
+        with _write_errors(self.path):
             self._root.attrs.put({**attrs, "original_size": sizes["original_size"], "input_size": sizes["input_size"]})
             self._log.unlink(missing_ok=True)
 

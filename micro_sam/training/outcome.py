@@ -15,10 +15,11 @@ import torch
 
 from .._version import __version__
 from ..core.errors import InvalidInputError
-from ..core.labels import get_centers_and_bounding_boxes
 from ..core.output import write_json
 from ..core.progress import Step, Steps, during
-from ..inference import batched_inference
+from ..embeddings.encode import precompute_image_embeddings
+from ..evaluation.iterative import iterate_prompts
+from ..evaluation.metrics import choose_objects, mask_iou, segmentation_scores
 from ..segmentation.workflow import LoadedModel, default_options, load_model, plan_image, segmentation_steps
 
 TASKS = {
@@ -89,48 +90,20 @@ def held_out_images(dataset: Any, n_images: int = MAX_IMAGES) -> list[HeldOut]:
     return images
 
 
-def mean_segmentation_accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
-    """Mean segmentation accuracy over the IoU thresholds 0.5, 0.55, …, 0.95; two empty images agree fully.
-
-    Segmentation accuracy is TP / (TP + FP + FN) with one-to-one matches (Everingham et al. 2010,
-    10.1007/s11263-009-0275-4; Stringer et al. 2021, 10.1038/s41592-020-01018-x).
-    """
-    from elf.evaluation.matching import mean_segmentation_accuracy as score
-
-    if not labels.any() and not truth.any():
-        return 1.0
-    return float(score(labels, truth))
-
-
 def _interactive_scores(model: LoadedModel, held_out: HeldOut) -> tuple[dict[str, float | None], int]:
     """Mean IoU of the masks for the deepest point, and for the box, of up to `MAX_OBJECTS` objects."""
     labels = held_out.labels
-    centers, boxes = get_centers_and_bounding_boxes(labels)
-    ids = np.array(sorted(centers))
+    ids = choose_objects(labels, MAX_OBJECTS)
     if len(ids) == 0:
         return {"point": None, "box": None}, 0
-    ids = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), MAX_OBJECTS)).round().astype(int))]
-    points = np.array([centers[i] for i in ids], dtype=float)[:, None, ::-1]
-    corners = np.array([(boxes[i][1], boxes[i][0], boxes[i][3], boxes[i][2]) for i in ids], dtype=float)
-    # A point is ambiguous, so SAM gives three masks for it, and the one that it rates best is taken.
-    options = {
-        "point": {"points": points, "point_labels": np.ones((len(ids), 1), dtype=int), "multimasking": True},
-        "box": {"boxes": corners},
-    }
-    scores, image = {}, held_out.image
-    for task, prompts in options.items():
-        records = batched_inference(
-            model.predictor, image, 8, **prompts, return_instance_segmentation=False, verbose_embeddings=False
-        )
-        scores[task] = float(np.mean([
-            _iou(record["segmentation"].cpu().numpy(), labels == i) for i, record in zip(ids, records)
-        ]))
-        image = None  # it is set in the predictor now
+    embeddings = precompute_image_embeddings(model.predictor, held_out.image, ndim=2, verbose=False)
+    scores: dict[str, float | None] = {}
+    for start in ("point", "box"):
+        _, masks = next(iterate_prompts(
+            model.predictor, embeddings, labels, start=start, n_iterations=1, batch_size=8, ids=ids
+        ))
+        scores[start] = float(np.mean([mask_iou(mask, labels == i) for i, mask in zip(ids, masks)]))
     return scores, len(ids)
-
-
-def _iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    return np.count_nonzero(mask & truth) / max(np.count_nonzero(mask | truth), 1)
 
 
 def score_steps(
@@ -167,7 +140,7 @@ def score_steps(
             options = {**plan.work, **default_options(options_of, model.mode)}
             steps = segmentation_steps(model.predictor, plan.segmenter, image.image, **options)
             labels, _ = yield from during(steps, Step(n, len(held_out), text))
-            scores["automatic"].append(mean_segmentation_accuracy(labels, image.labels))
+            scores["automatic"].append(segmentation_scores(labels, image.labels)["mSA"])
             if n < n_examples:
                 examples.append(labels)
         if set(scores) - {"automatic"}:
