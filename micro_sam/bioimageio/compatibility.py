@@ -2,12 +2,11 @@
 
 import contextlib
 import gc
-import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from ..core.errors import MissingPackageError
+from ..core.errors import MissingPackageError, UnsupportedError
 
 
 def load_bioimageio() -> tuple[Any, Any]:
@@ -15,6 +14,7 @@ def load_bioimageio() -> tuple[Any, Any]:
 
     Raises:
         MissingPackageError: If they are not installed.
+        UnsupportedError: If their versions do not work together.
     """
     try:
         import bioimageio.core
@@ -24,7 +24,7 @@ def load_bioimageio() -> tuple[Any, Any]:
             f"Packages for bioimage.io need {error.name}, which is not installed: "
             "pip install \"micro_sam[bioimageio]\"."
         ) from error
-    _repair_serializers(bioimageio.spec)
+    _check_serializers(bioimageio.spec)
     return bioimageio.spec, bioimageio.core
 
 
@@ -39,37 +39,24 @@ def closing_files() -> Iterator[None]:
             gc.collect()
 
 
-def _repair_serializers(spec: Any) -> None:
-    """Make `bioimageio.spec` 0.5.12 work with pydantic 2.14, a combination that `bioimageio.core` 0.11 allows.
+def _check_serializers(spec: Any) -> None:
+    """Raise `UnsupportedError` for `bioimageio.spec` 0.5.12 with pydantic 2.14, which cannot build any description.
 
-    Two serializers of the former pass `info` as second argument to the handler that pydantic gives them. Before 2.14
-    it was ignored; since then it is refused, so that no description can be built, read or tested. Where they
-    work, nothing is changed.
+    The extra `bioimageio` does not install this pair, but another package may have updated pydantic.
     """
-    try:
-        from bioimageio.spec._internal.io_packaging import FileDescr_package, package_file_descr_serializer
-        from bioimageio.spec.model.v0_4 import package_weights
-    except ImportError:  # a later version
-        return
     from pydantic import TypeAdapter
     from pydantic_core import PydanticSerializationError
 
+    try:
+        from bioimageio.spec._internal.io_packaging import FileDescr_package
+    except ImportError:  # another version
+        return
     adapter = TypeAdapter(FileDescr_package)
     with spec.ValidationContext(perform_io_checks=False):
-        example = adapter.validate_python({"source": "a.txt"})
         try:
-            adapter.dump_python(example, mode="json")
-        except PydanticSerializationError:
-            _drop_second_argument(package_file_descr_serializer)
-            _drop_second_argument(package_weights)
-
-
-def _drop_second_argument(serializer: Callable) -> None:
-    """Let a serializer call its handler with the value only. Pydantic holds the function, so its code is replaced."""
-    names = serializer.__globals__
-    names["_unrepaired"] = types.FunctionType(serializer.__code__, names)
-    serializer.__code__ = _repaired.__code__
-
-
-def _repaired(value, handler, info):
-    return _unrepaired(value, lambda value, _=None: handler(value), info)  # noqa: F821 (in the module of the serializer)
+            adapter.dump_python(adapter.validate_python({"source": "a.txt"}), mode="json")
+        except PydanticSerializationError as error:
+            raise UnsupportedError(
+                f"bioimageio.spec {spec.__version__} does not work with the installed version of pydantic. Install "
+                "another one: pip install \"pydantic<2.14\"."
+            ) from error
