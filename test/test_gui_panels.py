@@ -243,6 +243,29 @@ def test_keys_are_shown_and_hidden(viewer):
         overlay.deleteLater()
 
 
+def test_keys_fit_into_a_narrow_canvas(app):
+    from qtpy.QtWidgets import QWidget
+
+    from micro_sam.sam_annotator.help_overlay import HelpOverlay
+
+    canvas = QWidget()
+    canvas.resize(800, 600)
+    overlay = HelpOverlay(canvas, "tracking", series=True)
+    overlay.toggle()
+    wide = overlay.size()
+    assert wide.width() > 320
+    canvas.resize(320, 600)
+    overlay.toggle()
+    overlay.toggle()
+    assert canvas.rect().contains(overlay.geometry())
+    assert overlay.height() > wide.height()  # wrapped, not cut
+    canvas.resize(800, 600)
+    overlay.toggle()
+    overlay.toggle()
+    assert overlay.size() == wide
+    canvas.deleteLater()
+
+
 # Embedding panel
 
 

@@ -62,8 +62,16 @@ class HelpOverlay(QFrame):
             self.raise_()
 
     def _place(self) -> None:
-        self.adjustSize()
-        self.move(max(self.parentWidget().width() - self.width() - _MARGIN, 0), _MARGIN)
+        """Lie in the corner; on a narrow canvas the lines are wrapped."""
+        room = self.parentWidget().width() - 2 * _MARGIN
+        self.label.setWordWrap(False)
+        size = self.sizeHint()
+        if size.width() > room > 0:
+            self.label.setWordWrap(True)
+            size.setWidth(room)
+            size.setHeight(self.layout().totalHeightForWidth(room))
+        self.resize(size)
+        self.move(max(self.parentWidget().width() - size.width() - _MARGIN, 0), _MARGIN)
 
     def eventFilter(self, watched: QObject, event: QEvent) -> bool:
         if event.type() == QEvent.Type.Resize:
