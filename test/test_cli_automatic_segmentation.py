@@ -226,7 +226,9 @@ def test_ctrl_c_leaves_what_goes_on(tmp_path, cells_image, tiny_checkpoint):
         str(tmp_path / "out"), "-e", str(tmp_path / "emb"), "-c", str(tiny_checkpoint), "-m", "vit_t", "-d", "cpu",
         "--tile_shape", "40", "40", "--json", str(tmp_path / "report.json"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Shells make what they start in the background ignore Ctrl-C, and with it all that this starts in turn.
+    heeding = {} if os.name == "nt" else {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeding)
     line = ""
     while not line.startswith("[1/4]"):
         line = process.stdout.readline()

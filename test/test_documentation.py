@@ -73,6 +73,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copy(ROOT / "micro_sam" / "data" / "nuclei.tif", tmp_path / "image.tif")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path / "cache"))  # pages register models
     names = {"__name__": "snippet"}
     for info, block in fences(page):
         if info == "python":
@@ -103,7 +104,8 @@ def test_python_that_is_not_run_fits_the_signatures(page):
 
 
 @pytest.mark.parametrize("page", of_kind("bash"))
-def test_command_lines_are_understood(page, capsys):
+def test_command_lines_are_understood(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path))
     scripts, extras = HOOKS.console_scripts(), PROJECT["optional-dependencies"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for words in (words for info, block in fences(page) if info == "bash" for words in commands(block)):
@@ -126,6 +128,9 @@ def parse(script: str, arguments: list[str]) -> None:
         args, extra = HOOKS.parser_of(script).parse_known_args(arguments)
     except SystemExit as end:
         pytest.fail(f"{script} {' '.join(arguments)}: exit code {end.code}")
+    if script == "micro_sam.import_model" and args.name:  # later lines of the page use that model
+        from micro_sam.models import registry
+        registry.register_local_model(args.name, ROOT / "micro_sam/models/weights/vit_t_lite.pt")
     if script == "micro_sam.automatic_segmentation":
         from micro_sam.cli.automatic_segmentation import _parse_options, get_parser
         from micro_sam.models.registry import find_spec
