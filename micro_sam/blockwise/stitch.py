@@ -33,16 +33,19 @@ def matching_objects(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return pairs[:, is_best & covers].T
 
 
-def joined_ids(counts: np.ndarray, matches: list[tuple[int, int, np.ndarray]]) -> list[np.ndarray]:
+def joined_ids(
+    counts: np.ndarray, inner: list[np.ndarray], matches: list[tuple[int, int, np.ndarray]]
+) -> list[np.ndarray]:
     """Give objects that match, directly or through others, one id.
 
     Args:
         counts: Number of objects in each block, which are counted from 1 there.
+        inner: The ids of each block that reach into its inner part. What only lies in halos gets no id.
         matches: Two blocks (their places in `counts`) and the pairs of ids (N, 2) that match, see `matching_objects`.
 
     Returns:
         For each block the final id of each of its ids, `final[0]` = 0. Ids are consecutive from 1 in the order of
-        blocks and ids.
+        blocks and ids; 0 for objects of which nothing lies in an inner part.
     """
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     edges = [pairs - 1 + first[[a, b]] for a, b, pairs in matches]
@@ -50,9 +53,13 @@ def joined_ids(counts: np.ndarray, matches: list[tuple[int, int, np.ndarray]]) -
     n = int(first[-1])
     graph = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(n, n))
     groups = connected_components(graph, directed=False)[1] if n else np.zeros(0, dtype=np.int64)
-    _, starts, index = np.unique(groups, return_index=True, return_inverse=True)
-    rank = np.empty(len(starts), dtype=np.uint64)
-    rank[np.argsort(starts)] = np.arange(1, len(starts) + 1)
-    final = rank[index]
+    is_inner = np.zeros(n, dtype=bool)
+    for start, ids in zip(first, inner):
+        is_inner[ids - 1 + start] = True
+    shown, starts = np.unique(np.where(is_inner, groups, -1), return_index=True)
+    shown, starts = shown[shown >= 0], starts[shown >= 0]
+    rank = np.zeros(n, dtype=np.uint64)
+    rank[shown[np.argsort(starts)]] = np.arange(1, len(shown) + 1)
+    final = rank[groups]
     zero = np.zeros(1, dtype=np.uint64)
     return [np.concatenate([zero, final[start:stop]]) for start, stop in zip(first[:-1], first[1:])]

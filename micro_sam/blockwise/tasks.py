@@ -97,16 +97,21 @@ class MatchBlock:
     grid: BlockGrid
     folder: str
 
-    def __call__(self, work: tuple[int, list[int]]) -> list[tuple[int, int, np.ndarray]]:
-        """Match block `work[0]` with the blocks `work[1]`; returns blocks and pairs of ids (N, 2)."""
+    def __call__(self, work: tuple[int, list[int]]) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
+        """Match block `work[0]` with the blocks `work[1]`.
+
+        Returns:
+            The ids that reach into the inner part of the block; and blocks with pairs of ids (N, 2).
+        """
         a, others = work
         labels, matches = load_block(self.folder, a), []
+        inner = np.unique(labels[self.grid[a].tile.inner_local])
         for b in others:
             here, there = shared_pixels(self.grid[a].tile, self.grid[b].tile)
             pairs = matching_objects(labels[here], load_block(self.folder, b)[there])
             if len(pairs):
                 matches.append((a, b, pairs))
-        return matches
+        return inner[inner > 0].astype(np.int64), matches
 
 
 @dataclass(frozen=True)

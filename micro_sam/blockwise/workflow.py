@@ -232,16 +232,16 @@ def _final_ids(
     neighbours: dict[int, list[int]] = {}
     for a, b in grid.neighbours():
         neighbours.setdefault(a, []).append(b)
-    items = [(ids[a], [ids[b] for b in others]) for ids in grid.planes() for a, others in neighbours.items()]
-    matches: dict[int, list] = {}
+    items = [(k, [ids[b] for b in neighbours.get(k - ids[0], [])]) for ids in grid.planes() for k in ids]
+    found: dict[int, tuple] = {}
     yield from work_steps(
         engine, MatchBlock(grid, folder), items, len(items), "Join objects of blocks",
-        lambda item, result: matches.__setitem__(item[0], result), retries,
+        lambda item, result: found.__setitem__(item[0], result), retries,
     )
     finals: list[np.ndarray] = []
     for ids in grid.planes():
-        found = [(a - ids[0], b - ids[0], p) for k in ids for a, b, p in matches.get(k, [])]
-        finals += joined_ids(counts[ids.start:ids.stop], found)
+        matches = [(a - ids[0], b - ids[0], pairs) for k in ids for a, b, pairs in found[k][1]]
+        finals += joined_ids(counts[ids.start:ids.stop], [found[k][0] for k in ids], matches)
     return finals
 
 
