@@ -6,15 +6,15 @@ points and boxes with corrections (Archit et al. 2025, 10.1038/s41592-024-02580-
 `micro_sam.training`. TinyViT has no absolute position embedding, so it runs at any image size; the position encoding
 of prompts is shifted at random, so that a crop stands for any part of the canvas of 1024 pixels.
 
-    python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --minutes 90
+    python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --iterations 4000
 
-Each folder holds `images/*` and `labels/*` with the same file names. The run is bounded by wall time: the learning
-rate follows a cosine of the elapsed share. Interrupted runs continue with --resume; the elapsed time is kept.
+Each folder holds `images/*` and `labels/*` with the same file names. The learning rate follows a cosine over the
+iterations. Crops and prompts are those of the iteration's number, so a run that was interrupted and continued with
+--resume sees what an uninterrupted one sees.
 """
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -47,6 +47,8 @@ NOMINAL_ZOOM = {
 }
 ZOOM_RANGE = {"fluo_large": (0.5, 1.3), "graytissue_1024": (0.8, 2.2)}
 DEFAULT_ZOOM_RANGE = (0.65, 1.35)
+# Some crops are drawn from this range instead: prompts come at any scale, also from small images of large objects.
+ANY_ZOOM_RANGE, ANY_ZOOM_SHARE = (0.4, 3.5), 0.3
 PROMPTS_ONLY = ("ec",)
 
 
@@ -143,10 +145,10 @@ def normalise(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
 
 
 class Crops(torch.utils.data.Dataset):
-    """Batches of random augmented crops; with `seed` the same ones each time, without photometric augmentation."""
+    """Batches of random crops, the same ones for the same index; with or without photometric augmentation."""
 
-    def __init__(self, entries: list[dict], n_samples: int, seed: int | None = None):
-        self.n_samples, self.seed = n_samples, seed
+    def __init__(self, entries: list[dict], n_samples: int, photometric: bool):
+        self.n_samples, self.photometric = n_samples, photometric
         self.groups = {}
         for entry in entries:
             self.groups.setdefault(entry["modality"], []).append(entry)
@@ -158,7 +160,7 @@ class Crops(torch.utils.data.Dataset):
         return self.n_samples
 
     def __getitem__(self, index: int):
-        rng = np.random.default_rng(None if self.seed is None else (self.seed, index))
+        rng = np.random.default_rng((0 if self.photometric else 1, index))
         size = list(SIZES)[index % len(SIZES)]
         crops = [self._filled_crop(size, rng) for _ in range(SIZES[size][0])]
         return tuple(torch.stack(part) for part in zip(*crops))
@@ -173,15 +175,15 @@ class Crops(torch.utils.data.Dataset):
     def _crop(self, crop_size, rng):
         modality = self.modalities[rng.choice(len(self.modalities), p=self.probabilities)]
         entry = self.groups[modality][rng.integers(len(self.groups[modality]))]
-        low, high = ZOOM_RANGE.get(modality, DEFAULT_ZOOM_RANGE)
+        wide = self.photometric and rng.random() < ANY_ZOOM_SHARE
+        low, high = ANY_ZOOM_RANGE if wide else ZOOM_RANGE.get(modality, DEFAULT_ZOOM_RANGE)
         zoom = NOMINAL_ZOOM[modality] * math.exp(rng.uniform(math.log(low), math.log(high)))
         stretch = math.exp(rng.uniform(-0.12, 0.12))
         size = [max(16, round(crop_size / z)) for z in (zoom * stretch, zoom / stretch)]
         start = [int(rng.integers(0, max(n - s, 0) + 1)) for n, s in zip(entry["maps"].shape[1:], size)]
         window = tuple(slice(b, b + s) for b, s in zip(start, size))
 
-        photometric = self.seed is None
-        image = torch.from_numpy(normalise(entry["image"], rng if photometric else None)[window]).permute(2, 0, 1)
+        image = torch.from_numpy(normalise(entry["image"], rng if self.photometric else None)[window]).permute(2, 0, 1)
         maps = torch.from_numpy(entry["maps"][(slice(None), *window)].astype("float32"))
         # An image smaller than the window covers only a part of the crop; the rest is padding, as at inference.
         inside = [min(crop_size, round(crop_size * n / s)) for n, s in zip(image.shape[1:], size)]
@@ -189,7 +191,7 @@ class Crops(torch.utils.data.Dataset):
         maps = F.interpolate(maps[None], inside, mode="bilinear")[0]
         labels = torch.from_numpy(entry["labels"][window].astype("float32"))
         labels = F.interpolate(labels[None, None], inside, mode="nearest-exact")[0]
-        if photometric:
+        if self.photometric:
             image = self._photometric(image, rng)
         image = (image * 255 - MEAN) / STD
         foreground = maps[0] if entry["modality"] in PROMPTS_ONLY else (maps[0] > 0.5).float()
@@ -218,34 +220,43 @@ class Crops(torch.utils.data.Dataset):
         return image
 
 
-class WallTimeCosine:
-    """Learning rate by the share of the time budget that is used: short warm-up, then cosine to zero."""
+class Cosine:
+    """Learning rate by the share of the iterations that are done: short warm-up, then cosine to zero."""
 
-    def __init__(self, optimizer, seconds: float, warmup: float = 0.02):
-        self.optimizer, self.seconds, self.warmup, self.used = optimizer, seconds, warmup, 0.0
+    def __init__(self, optimizer, iterations: int, warmup: float = 0.02):
+        self.optimizer, self.iterations, self.warmup, self.done = optimizer, iterations, warmup, 0
         self.base = [group["lr"] for group in optimizer.param_groups]
-        self.last = time.monotonic()
         optimizer.register_step_pre_hook(lambda *_: self._update())
 
     def _update(self) -> None:
-        now = time.monotonic()
-        # A gap this long is a suspended process, not work.
-        self.used += min(now - self.last, 30.0)
-        self.last = now
-        share = min(self.used / self.seconds, 1.0)
+        self.done += 1
+        share = min(self.done / self.iterations, 1.0)
         factor = min(share / self.warmup, 0.5 * (1 + math.cos(math.pi * share)))
         for group, base in zip(self.optimizer.param_groups, self.base):
             group["lr"] = base * max(factor, 1e-3)
 
     def step(self, metric: float) -> None:
-        """Called by the trainer after each epoch; the schedule itself follows time."""
-        print(f"  used {self.used / 60:.1f} min, metric {metric:.4f}", flush=True)
+        """Called by the trainer after each epoch; the schedule itself follows the iterations."""
+        print(f"  {self.done} iterations, metric {metric:.4f}", flush=True)
 
     def state_dict(self) -> dict:
-        return {"used": self.used}
+        return {"done": self.done}
 
     def load_state_dict(self, state: dict) -> None:
-        self.used, self.last = state["used"], time.monotonic()
+        self.done = state["done"]
+
+
+class FromIteration(torch.utils.data.Sampler):
+    """Numbers of the batches of an epoch that starts at the iteration `start`."""
+
+    def __init__(self, n: int):
+        self.n, self.start = n, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self):
+        return iter(range(self.start, self.start + self.n))
 
 
 class Average:
@@ -267,7 +278,7 @@ class Average:
 
 
 class LiteTrainer(DefaultTrainer):
-    """torch-em's trainer with both losses, gradient clipping, averaged weights and an end by wall time."""
+    """torch-em's trainer with both losses, gradient clipping and averaged weights."""
 
     average: Average
     prompt_share = 0.7  # of the iterations; the others train the instance decoder alone, in less time
@@ -320,8 +331,8 @@ class LiteTrainer(DefaultTrainer):
     _backprop = _backprop_mixed
 
     def _train_epoch_impl(self, *args):
-        if self.lr_scheduler.used >= self.lr_scheduler.seconds:
-            raise TimeoutError
+        torch.manual_seed(self._iteration)
+        self.train_loader.sampler.start = self._iteration
         self.parts = []
         result = super()._train_epoch_impl(*args)
         print("  train: decoder, point, box:", self._means(), flush=True)
@@ -364,7 +375,7 @@ def main() -> None:
     parser.add_argument("--init-prompts", action="store_true", help="start from its prompt parts, too")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints")
     parser.add_argument("--name", default="vit_t_lite")
-    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--iterations", type=int, default=4000, help="of the whole run, before and after --resume")
     parser.add_argument("--frozen-statistics", action="store_true", help="keep BatchNorm's statistics of --init")
     parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -394,24 +405,25 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr
     )
-    loaders = [
-        torch.utils.data.DataLoader(
-            Crops(part, n, seed), batch_size=None, num_workers=args.workers, persistent_workers=args.workers > 0,
-        )
-        for part, n, seed in ((train, args.epoch_length, None), (held_out, 12, 1))
-    ]
+    train_crops, val_crops = Crops(train, args.epoch_length, True), Crops(held_out, 12, False)
+    workers = {"batch_size": None, "num_workers": args.workers, "persistent_workers": args.workers > 0}
+    loader = torch.utils.data.DataLoader(train_crops, sampler=FromIteration(args.epoch_length), **workers)
+    val_loader = torch.utils.data.DataLoader(val_crops, **workers)
     trainer = LiteTrainer(
-        name=args.name, train_loader=loaders[0], val_loader=loaders[1], model=model, loss=DecoderLoss(),
+        name=args.name, train_loader=loader, val_loader=val_loader, model=model, loss=DecoderLoss(),
         optimizer=optimizer, metric=DecoderLoss(), device=args.device,
-        lr_scheduler=WallTimeCosine(optimizer, args.minutes * 60), logger=None,
+        lr_scheduler=Cosine(optimizer, args.iterations), logger=None,
         mixed_precision=can_mix_precision(torch.device(args.device)), mixed_precision_dtype="bfloat16",
         save_root=str(args.output), compile_model=False,
     )
     trainer.average = Average(model)
-    try:
-        trainer.fit(epochs=100_000, load_from_checkpoint="latest" if args.resume else None)
-    except TimeoutError:
-        print(f"Time budget used: {trainer.iteration} iterations.")
+    saved = args.output / "checkpoints" / args.name / "latest.pt"
+    if saved.exists() != args.resume:
+        remedy = "exists: pass --resume, or another --name" if saved.exists() else "is missing: leave out --resume"
+        raise SystemExit(f"{saved} {remedy}.")
+    # The trainer counts from where it is.
+    done = torch.load(saved, map_location="cpu", weights_only=False)["iteration"] if args.resume else 0
+    trainer.fit(iterations=args.iterations - done, load_from_checkpoint="latest" if args.resume else None)
 
 
 if __name__ == "__main__":

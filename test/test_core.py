@@ -166,7 +166,8 @@ def faults():
 
 outside = faults()
 with reusing_memory():
-    faults()
+    with reusing_memory():
+        faults()
     inside = faults()
 print(outside, inside, faults())
 """

@@ -222,15 +222,16 @@ def read_commit_record(path: str | os.PathLike) -> CommitRecord:
     history = tuple(parse_entry(values, path) for values in attrs.get(HISTORY, []))
     known = {i for entry in history for i in entry.object_ids}
     try:
-        groups = group[PROMPTS].groups() if PROMPTS in group else ()
-        prompts = {int(name): read_prompts(own) for name, own in groups if int(name) in known}
+        # Asked for by name: next to the groups may lie what a killed writer has left.
+        stored = group[PROMPTS] if PROMPTS in group else {}
+        prompts = {i: read_prompts(stored[str(i)]) for i in sorted(known) if str(i) in stored}
         lineages = tuple(
             {int(t): list(map(int, daughters)) for t, daughters in tree.items()} for tree in attrs.get(LINEAGES) or ()
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise damaged(path, error) from error
     return CommitRecord(
-        path, group.get(LABELS), history, dict(sorted(prompts.items())), lineages,
+        path, group.get(LABELS), history, prompts, lineages,
         {k: v for k, v in attrs.items() if k not in (HISTORY, LINEAGES, PENDING)}, attrs.get(PENDING),
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .allocator import reusing_memory
 from .errors import InvalidInputError, MicroSamError
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def drain(
         InvalidInputError: If only one of the two callbacks is given.
     """
     try:
-        with _Sink(verbose, pbar_init, pbar_update) as sink:
+        with reusing_memory(), _Sink(verbose, pbar_init, pbar_update) as sink:
             while True:
                 try:
                     step = next(steps)
