@@ -42,6 +42,8 @@ def connect(
         raise MissingPackageError(
             f"Work on a cluster needs {error.name}, which is not installed: pip install \"micro_sam[distributed]\"."
         ) from error
+    # Comings and goings of workers and connections are not what a user wants to read between two bars.
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     if n_workers is not None and n_workers < 1:
         raise InvalidInputError(f"The number of workers must be at least 1, but is {n_workers}.")
     with contextlib.ExitStack() as stack:
@@ -84,9 +86,10 @@ def _local_cluster(n_workers: int | None) -> Any:
         if n_gpus:
             env["CUDA_VISIBLE_DEVICES"] = str(k % n_gpus)
         # The memory of torch is not dask's to manage: its limit would pause or kill workers.
-        workers[k] = {"cls": Nanny, "options": {"nthreads": 1, "env": env, "memory_limit": 0}}
+        options = {"nthreads": 1, "env": env, "memory_limit": 0, "silence_logs": logging.WARNING}
+        workers[k] = {"cls": Nanny, "options": options}
     scheduler = {"cls": Scheduler, "options": {"port": 0, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
-    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.WARNING)
 
 
 def _batch_cluster(scheduler: str, n_jobs: int, options: Mapping[str, Any]) -> Any:
