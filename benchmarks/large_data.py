@@ -1,0 +1,67 @@
+"""Segment an image or a volume that is larger than memory, to see what it costs: seconds, objects and peak memory.
+
+    python benchmarks/large_data.py labels.zarr --shape 20480 20480 --mode ais
+    python benchmarks/large_data.py labels.zarr --shape 200 2048 2048 --mode amg --options '{"points_per_side": 8}'
+
+The image is a mosaic of a real one (`--image`, by default an example that ships), mirrored at each seam so that objects
+continue, and read piece by piece: nothing of its size is ever in memory or on disk. In planes of a volume the mosaic is
+shifted by a pixel per plane. Call it again after an interruption and it goes on; the figures are of the last call.
+Under `/usr/bin/time -v` the system says the peak memory, too.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import dask.array as da
+import imageio.v3 as imageio
+import numpy as np
+
+from micro_sam.blockwise.workflow import segment_blockwise
+
+EXAMPLE = Path(__file__).parents[1] / "examples/data/fluorescence_large.png"
+
+
+def mosaic(image: np.ndarray, shape: tuple[int, ...], chunk: int = 1024) -> da.Array:
+    """A lazy array (Y, X) or (Z, Y, X) in which `image` (y, x) repeats, mirrored."""
+    def piece(block_info=None):
+        (start, stop), *_ = location = block_info[None]["array-location"]
+        planes = range(start, stop) if len(shape) == 3 else [0]
+        grid = [[mirrored(lo + z, hi + z, n) for (lo, hi), n in zip(location[-2:], image.shape)] for z in planes]
+        planes = np.stack([image[np.ix_(*rows_columns)] for rows_columns in grid])
+        return planes if len(shape) == 3 else planes[0]
+
+    chunks = tuple(1 if axis < len(shape) - 2 else chunk for axis in range(len(shape)))
+    return da.map_blocks(piece, chunks=da.core.normalize_chunks(chunks, shape), dtype=image.dtype)
+
+
+def mirrored(start: int, stop: int, n: int) -> np.ndarray:
+    """Positions in an axis of length `n` for start…stop of the axis that is mirrored again and again."""
+    position = np.arange(start, stop) % (2 * n)
+    return np.where(position < n, position, 2 * n - 1 - position)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="zarr array of the labels")
+    parser.add_argument("--shape", type=int, nargs="+", required=True, help="(Z) Y X in pixels")
+    parser.add_argument("--image", type=Path, default=EXAMPLE, help="a grey image")
+    parser.add_argument("--model", default="vit_t_lite")
+    parser.add_argument("--mode", default="ais", choices=("ais", "apg", "amg"))
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON with more arguments of segment_blockwise")
+    args = parser.parse_args()
+
+    lazy = mosaic(imageio.imread(args.image), tuple(args.shape))
+    start = time.perf_counter()
+    labels = segment_blockwise(lazy, args.output, args.model, args.mode, device="cpu", **args.options)
+    print(json.dumps({
+        "shape": args.shape, "mode": args.mode, "objects": labels.attrs["micro_sam"]["n_objects"],
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }))
+
+
+if __name__ == "__main__":
+    main()
