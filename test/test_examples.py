@@ -54,7 +54,7 @@ def test_lists_are_complete():
     assert {param.values[0].name for param in scripts(needs_screen=False)} == set(RESULTS)
     listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     names = [path.relative_to(ROOT).as_posix() for path in (*SCRIPTS, *NOTEBOOKS)]
-    assert [name for name in names if f"`{name}`" not in listed] == []
+    assert [name for name in names if name not in listed] == []
 
 
 @pytest.mark.parametrize("script", scripts(needs_screen=False))
