@@ -11,7 +11,7 @@ help:
 	@echo "make test   install the test tools as well and run all checks"
 	@echo "make docs   build the documentation into site/ (open site/index.html)"
 	@echo "make lint   only the style and layer checks"
-	@echo "make clean  remove $(VENV), demo_output/ and site/"
+	@echo "make clean  remove $(VENV), demo_output/, example_output/ and site/"
 
 demo: $(VENV)/.installed
 	$(PY) examples/demo.py
@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-test
 	.ci/check --lint-only
 
 clean:
-	rm -rf $(VENV) demo_output site
+	rm -rf $(VENV) demo_output example_output site
 
 # The stamp is written last, so an interrupted installation is taken up again by the next call.
 $(VENV)/.installed: pyproject.toml constraints.txt

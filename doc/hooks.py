@@ -1,7 +1,7 @@
 """What mkdocs does besides rendering doc/*.md: pages from other places, generated pages, public paths of the library.
 
-- Markdown files outside doc/ become pages of the site (`OUTSIDE`), and links between files of the repository are led to
-  these pages, so that the same text works in a file browser, on a code host and on the site.
+- Markdown files and notebooks outside doc/ become pages of the site (`OUTSIDE`), and links between files of the
+  repository are led to these pages, so that the same text works in a file browser, on a code host and on the site.
 - `commands.md` lists the options of all console scripts, from their parsers.
 - `::: micro_sam.util.get_sam_model` in doc/api documents the function where it is defined, under the path that scripts
   import it from. Only source text is read for this; neither torch nor napari is loaded.
@@ -10,6 +10,7 @@
 import argparse
 import functools
 import importlib
+import json
 import logging
 import posixpath
 import re
@@ -24,10 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = {
     "changelog.md": "CHANGELOG.md",
     "vit_t_lite.md": "micro_sam/models/weights/vit_t_lite.md",
+    "examples.md": "examples/README.md",
+    "notebook-automatic-segmentation.md": "notebooks/automatic_segmentation.ipynb",
+    "notebook-finetuning.md": "notebooks/sam_finetuning.ipynb",
+    "notebook-evaluation.md": "notebooks/inference_and_evaluation.ipynb",
     "example-images.md": "examples/data/README.md",
     "shipped-model-training.md": "finetuning/README.md",
     "tests.md": "test/README.md",
 }
+# Columns beside a page: the first one would only name the page itself, the table of models needs the room.
+HIDDEN = {"index.md": ["navigation"], "models.md": ["toc"]}
 _PAGE_OF = {source: page for page, source in OUTSIDE.items()}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 _CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
@@ -37,7 +44,9 @@ _log = logging.getLogger("mkdocs.hooks.micro_sam")
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that do not lie in doc/."""
     for page, source in OUTSIDE.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        is_notebook = source.endswith(".ipynb")
+        given = {"content": notebook_page(source)} if is_notebook else {"abs_src_path": str(ROOT / source)}
+        files.append(File.generated(config, page, **given))
     files.append(File.generated(config, "commands.md", content=commands_page()))
     return files
 
@@ -45,6 +54,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Lead links to pages of the site, and name things as readers do."""
     uri = page.file.src_uri
+    page.meta["hide"] = HIDDEN.get(uri, [])
     markdown = markdown.replace("```python no-run", "```python")
     if uri.startswith("api/"):
         markdown = public_paths(markdown)
@@ -81,6 +91,16 @@ def relink(markdown: str, source: str, uri: str) -> str:
     # Every second part is code.
     parts = _CODE.split(markdown)
     return "".join(part if n % 2 else _LINK.sub(replace, part) for n, part in enumerate(parts))
+
+
+def notebook_page(source: str) -> str:
+    """Return a notebook, which has no outputs, as Markdown; below its title stands where it is."""
+    cells = json.loads((ROOT / source).read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    parts = [f"```python\n{t}\n```" if c["cell_type"] == "code" else t for c, t in zip(cells, texts)]
+    title, _, rest = parts[0].partition("\n")
+    note = f"This is the notebook `{source}`; open it to run it and to see its pictures."
+    return "\n\n".join([title, note, rest, *parts[1:]]) + "\n"
 
 
 # --- commands ---

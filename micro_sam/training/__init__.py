@@ -10,7 +10,7 @@ _HOMES = {
     "configurations": ("CONFIGURATIONS",),
     "convert": ("ConvertToSamInputs", "ConvertToSemanticSamInputs", "NoObjectsError"),
     "joint_sam_trainer": ("JointSamLogger", "JointSamTrainer"),
-    "preflight": ("preflight",),
+    # Not the function preflight: that name is the module's.
     "raw_transforms": ("identity",),
     "sam_trainer": ("SamLogger", "SamTrainer"),
     "semantic_sam_trainer": ("SemanticMapsSamTrainer", "SemanticSamTrainer"),
