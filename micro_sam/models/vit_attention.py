@@ -54,8 +54,8 @@ def _with_bias(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, s
         chunk = slice(start, min(start + step, h))
         bias = memory[:, :, :chunk.stop - start]
         torch.add(rows[:, :, chunk, :, :, None], columns[:, :, chunk, :, None, :], out=bias)
-        queries = q[:, :, start * w:(start + step) * w]
-        parts.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias.flatten(2, 3).flatten(3), scale=scale))
+        queries, bias = q[:, :, start * w:(start + step) * w], bias.flatten(2, 3).flatten(3)
+        parts.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=bias, scale=scale))
     return torch.cat(parts, dim=2)
 
 
