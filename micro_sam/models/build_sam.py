@@ -9,6 +9,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from ..core.errors import InvalidInputError, nearest_names
+from .vit_attention import fuse_attention
 
 __all__ = [
     "ARCHITECTURES", "SamPredictor", "build_sam", "build_sam_vit_b", "build_sam_vit_h", "build_sam_vit_l",
@@ -35,12 +36,12 @@ def _build_encoder(model_type: str, image_size: int) -> torch.nn.Module:
         from .tiny_vit import TinyViT
         return TinyViT(img_size=image_size)
     width, depth, heads, global_blocks = VIT_SETTINGS[model_type]
-    return ImageEncoderViT(
+    return fuse_attention(ImageEncoderViT(
         depth=depth, embed_dim=width, img_size=image_size, mlp_ratio=4,
         norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
         num_heads=heads, patch_size=PATCH_SIZE, qkv_bias=True, use_rel_pos=True, global_attn_indexes=global_blocks,
         window_size=14, out_chans=EMBED_DIM,
-    )
+    ))
 
 
 def build_sam(model_type: str, *, image_size: int | None = None, num_multimask_outputs: int = 3) -> Sam:
