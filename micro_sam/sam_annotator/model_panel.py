@@ -38,6 +38,7 @@ from .form import (
 )
 from .notices import COLOURS
 from .tooltips import get_tooltip
+from .torch_loading import load_torch
 
 _CHECK_AFTER_MS = 150
 _TILE, _HALO = (384, 384), (64, 64)
@@ -74,6 +75,7 @@ class _DeviceFinder:
     def _find(self) -> None:
         from ..core.settings import available_devices
         try:
+            load_torch()
             self.devices = available_devices()
         except Exception:  # a broken torch is reported when it is used
             self.devices = []

@@ -28,7 +28,7 @@ from .model_panel import EmbeddingPanel
 from .notices import COLOURS, NoticeLine
 from .progress_view import ProgressView, readable_time
 from .scroll_column import ScrollColumn
-from .torch_loading import load_torch
+from .torch_loading import load_module, load_torch
 from .training_form import TrainingFields
 from .training_results import ResultBox, RichText, report_html
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _SCROLL_AFTER_MS = 50
 # A window that is drawn for the first time loads libraries, too, and would wait until those of torch are loaded.
 _LOAD_AFTER_SECONDS = 1.0
+# What checking the data and training need, in the order in which they need each other.
+_MODULES = ("micro_sam.segmentation.workflow", "micro_sam.training.training", "micro_sam.training.job")
 
 
 class TrainingWidget(QWidget):
@@ -114,10 +116,23 @@ class TrainingWidget(QWidget):
             from ..training.configurations import choose_configuration
             return choose_configuration(device), available_devices()
 
+        def done(found: tuple[str, list[str]]) -> None:
+            self.fields.show_hardware(*found)
+            self._load_training()
+
         task = Task("Look at the hardware", steps, lambda found: found, uses_model=False)
-        self.runner.start(
-            task, key="configuration", background=True, on_done=lambda found: self.fields.show_hardware(*found)
-        )
+        self.runner.start(task, key="configuration", background=True, on_done=done)
+
+    def _load_training(self) -> None:
+        """Load in the background what the buttons need, so that the first press does not wait for it."""
+
+        def steps() -> Steps[None]:
+            for done, name in enumerate(_MODULES):
+                yield Step(done, len(_MODULES), "Load the training")
+                load_module(name)
+
+        task = Task("Load the training", steps, lambda _: None, uses_model=False)
+        self.runner.start(task, key="configuration", background=True)
 
     def check_data(self) -> None:
         """Check fields and data, and show the report."""
