@@ -17,6 +17,7 @@ from ..core.errors import MicroSamError, UnsafeCheckpointError
 from .class_list import ClassList, class_colormap
 from .form import add_row, button, choice, group, hint, set_options
 from .jobs import JobRunner
+from .layer_events import follow_layers
 from .model_panel import EmbeddingPanel
 from .notices import NoticeLine
 from .panels import Question
@@ -76,9 +77,7 @@ class ObjectClassifier(QWidget):
         self._begin_first()
 
     def _begin_first(self) -> None:
-        events = self.viewer.layers.events
-        for event in (events.inserted, events.removed, events.renamed):
-            event.connect(self._refresh_segmentations)
+        follow_layers(self.viewer, self._refresh_segmentations)
         self.embedding_panel.image.currentIndexChanged.connect(self.begin)
         self.segmentation.currentIndexChanged.connect(self.begin)
         self._refresh_segmentations()
