@@ -15,7 +15,7 @@ from ..annotation.model_choice import EmbeddingRequest
 from ..annotation.task import Task
 from ..core.errors import MicroSamError, UnsafeCheckpointError
 from .class_list import ClassList, class_colormap
-from .form import add_row, button, choice, group, hint, set_options
+from .form import SPACING, add_row, button, choice, group, hint, set_options
 from .jobs import JobRunner
 from .layer_events import follow_layers
 from .model_panel import EmbeddingPanel
@@ -142,6 +142,7 @@ class ObjectClassifier(QWidget):
         self.export.clicked.connect(self._ask_export)
         self.load.clicked.connect(self._ask_load)
         files = QHBoxLayout()
+        files.setSpacing(SPACING)
         files.addWidget(self.export)
         files.addWidget(self.load)
         rows.addRow(self.predict)

@@ -21,7 +21,7 @@ from ..training.plan import (
     plan_training,
     register_result,
 )
-from .form import button
+from .form import accent, button
 from .jobs import Job, JobRunner
 from .loss_plot import LossPlot
 from .model_panel import EmbeddingPanel
@@ -68,13 +68,15 @@ class TrainingWidget(QWidget):
         for signal in (self.runner.started, self.runner.finished, self.runner.failed, self.runner.cancelled):
             signal.connect(self._show_busy)
         self.fields.device.currentIndexChanged.connect(self.find_configuration)
+        self._show_next()
         self.find_configuration()
 
     def _build(self) -> None:
         column = self.column = ScrollColumn()
         layout = column.body
         self.fields = TrainingFields()
-        self.fields.changed.connect(self._forget_problems)
+        for show in (self._forget_problems, self._show_next):
+            self.fields.changed.connect(show)
         self.problem = QLabel()
         self.problem.setWordWrap(True)
         self.problem.setStyleSheet(f"color: {COLOURS['error']}")
@@ -156,6 +158,7 @@ class TrainingWidget(QWidget):
 
         def done(checked: CheckedJob) -> None:
             self._checked = form, checked
+            self._show_next()
             self.report.show_html(report_html(checked.report, f"Data: {checked.job.data.description}"))
             self._scroll_to(self.report)
             if checked.report.ok:
@@ -255,6 +258,13 @@ class TrainingWidget(QWidget):
         busy = any(job.key == "train" for job in self.runner.jobs)
         for widget in (self.fields, self.check, self.start):
             widget.setEnabled(not busy)
+
+    def _show_next(self) -> None:
+        """Colour the button to press next: that of the training once the data, as they are entered, were found fine."""
+        checked = self._checked
+        can_train = checked is not None and checked[1].report.ok and checked[0] == self.fields.values()
+        accent(self.check, not can_train)
+        accent(self.start, can_train)
 
     def _failed(self, job: Job, error: BaseException) -> None:
         if isinstance(error, FormError):
