@@ -135,7 +135,7 @@ def measure_training(n_iterations=6):
     widget = TrainingWidget()
     viewer.window.add_dock_widget(widget, area="right")
     with Watchdog() as watchdog:
-        widget.runner.wait()
+        widget.runner.wait(300)
     print(f"look at the hardware: {_block(watchdog)}", flush=True)
     folder = Path(os.environ["MICROSAM_CACHEDIR"]) / "measured"
     _write_pairs(folder)

@@ -119,6 +119,20 @@ def test_another_segmentation_keeps_the_strokes_and_forgets_the_prediction(viewe
     assert widget.session.has_strokes, "what does not fit changes nothing"
 
 
+def test_the_menu_of_segmentations_follows_names(viewer, loader, cells_image, cells_labels):
+    """Names of layers from before the panel, and of those that come later; the oldest napari tells them differently."""
+    from micro_sam.sam_annotator.object_classifier import ObjectClassifier
+
+    viewer.add_image(cells_image, name="cells")
+    first = viewer.add_labels(cells_labels, name="objects")
+    widget = ObjectClassifier(viewer, model_loader=loader)
+    second = viewer.add_labels(cells_labels, name="others")
+    first.name, second.name = "nuclei", "cytoplasm"
+    names = {widget.segmentation.itemText(i) for i in range(widget.segmentation.count())}
+    assert {"nuclei", "cytoplasm"} <= names
+    assert not {"objects", "others"} & names
+
+
 def test_files_that_could_run_code_are_asked_about(viewer, loader, cells_image, cells_labels, tmp_path):
     import joblib
     from qtpy.QtWidgets import QPushButton

@@ -146,6 +146,20 @@ def test_wrong_fields_are_marked_and_problems_of_the_data_shown(viewer, widget, 
     shot(viewer, "training_report_problems")
 
 
+def test_the_button_to_press_next_is_coloured(widget):
+    def coloured():
+        return [button.text() for button in (widget.check, widget.start) if button.styleSheet()]
+
+    assert coloured() == ["Check Data"]
+    widget.check.click()
+    wait(widget)
+    assert coloured() == ["Start Training"]
+    widget.fields.patch.value = (64, 64)
+    assert coloured() == ["Check Data"], "these fields were not checked"
+    widget.fields.patch.value = (96, 96)
+    assert coloured() == ["Start Training"]
+
+
 def test_from_data_to_a_model_in_the_menus(viewer, widget, tmp_path):
     from micro_sam.models.registry import find_spec
     from micro_sam.sam_annotator.model_panel import EmbeddingPanel
@@ -156,7 +170,7 @@ def test_from_data_to_a_model_in_the_menus(viewer, widget, tmp_path):
     widget.check.click()
     assert not widget.start.isEnabled()
     wait(widget)
-    assert "Training: 1 images" in widget.report.text()
+    assert "Training: 1 image (" in widget.report.text()
     assert "per iteration" in widget.report.text()
     seen = []
     widget.runner.progressed.connect(lambda job, step, seconds: seen.append(step.text))

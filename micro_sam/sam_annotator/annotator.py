@@ -37,6 +37,7 @@ from .notices import NoticeLine
 from .objects_panel import ObjectsPanel
 from .panels import AutoPanel, ClearPanel, CommitPanel, PromptPanel, Question, SegmentPanel
 from .progress_view import ProgressView
+from .torch_loading import keep_collection_short
 from .tracks_panel import TracksPanel
 
 LIVE_DELAY_MS = 30
@@ -80,6 +81,7 @@ class Annotator(QWidget):
         model_loader: Callable[..., Any] | None = None,
     ):
         super().__init__()
+        keep_collection_short()
         # A viewer has one set of layers and keys: this annotator goes on with what another one has begun.
         for other in [annotator for annotator in _ACTIVE if annotator.viewer is viewer]:
             other.leave()

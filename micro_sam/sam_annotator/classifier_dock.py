@@ -15,8 +15,9 @@ from ..annotation.model_choice import EmbeddingRequest
 from ..annotation.task import Task
 from ..core.errors import MicroSamError, UnsafeCheckpointError
 from .class_list import ClassList, class_colormap
-from .form import add_row, button, choice, group, hint, set_options
+from .form import SPACING, add_row, button, choice, group, hint, set_options
 from .jobs import JobRunner
+from .layer_events import follow_layers
 from .model_panel import EmbeddingPanel
 from .notices import NoticeLine
 from .panels import Question
@@ -76,9 +77,7 @@ class ObjectClassifier(QWidget):
         self._begin_first()
 
     def _begin_first(self) -> None:
-        events = self.viewer.layers.events
-        for event in (events.inserted, events.removed, events.renamed):
-            event.connect(self._refresh_segmentations)
+        follow_layers(self.viewer, self._refresh_segmentations)
         self.embedding_panel.image.currentIndexChanged.connect(self.begin)
         self.segmentation.currentIndexChanged.connect(self.begin)
         self._refresh_segmentations()
@@ -143,6 +142,7 @@ class ObjectClassifier(QWidget):
         self.export.clicked.connect(self._ask_export)
         self.load.clicked.connect(self._ask_load)
         files = QHBoxLayout()
+        files.setSpacing(SPACING)
         files.addWidget(self.export)
         files.addWidget(self.load)
         rows.addRow(self.predict)

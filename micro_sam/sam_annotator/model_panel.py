@@ -36,8 +36,10 @@ from .form import (
     select,
     set_options,
 )
+from .layer_events import follow_layers
 from .notices import COLOURS
 from .tooltips import get_tooltip
+from .torch_loading import load_torch
 
 _CHECK_AFTER_MS = 150
 _TILE, _HALO = (384, 384), (64, 64)
@@ -74,6 +76,7 @@ class _DeviceFinder:
     def _find(self) -> None:
         from ..core.settings import available_devices
         try:
+            load_torch()
             self.devices = available_devices()
         except Exception:  # a broken torch is reported when it is used
             self.devices = []
@@ -177,12 +180,7 @@ class EmbeddingPanel(QWidget):
 
     def _follow_viewer(self) -> None:
         if self.viewer is not None:
-            events = self.viewer.layers.events
-            for event in (events.inserted, events.removed, events.reordered):
-                event.connect(self.refresh_layers)
-            events.inserted.connect(lambda event: event.value.events.name.connect(self.refresh_layers))
-            for layer in self.viewer.layers:
-                layer.events.name.connect(self.refresh_layers)
+            follow_layers(self.viewer, self.refresh_layers)
 
     # Images
 

@@ -64,19 +64,19 @@ class TrainingFields(QWidget):
     def _data_box(self) -> QWidget:
         box, rows = group("Data")
         tip = "A file, or a folder with all files. Images and labels belong together in the order of their names."
-        self.images = add_row(rows, "Path to images", DataRow("file or folder", tooltip=tip))
+        self.images = add_row(rows, "Path to images:", DataRow("file or folder", tooltip=tip))
         key = "For folders which files to take, for example *.tif; for hdf5 and zarr files the name of the data."
-        self.image_key = add_row(rows, "Image data key", _text("*.tif", key))
-        self.labels = add_row(rows, "Path to labels", DataRow("file or folder", tooltip=tip))
-        self.label_key = add_row(rows, "Label data key", _text("*.tif", key))
+        self.image_key = add_row(rows, "Image data key:", _text("*.tif", key))
+        self.labels = add_row(rows, "Path to labels:", DataRow("file or folder", tooltip=tip))
+        self.label_key = add_row(rows, "Label data key:", _text("*.tif", key))
         return box
 
     def _model_box(self) -> QWidget:
         box, rows = group("Training")
-        self.name = add_row(rows, "Name of Trained Model", _text(
+        self.name = add_row(rows, "Name of trained model:", _text(
             "sam_model", "How the model is called in the menus.", "sam_model"
         ))
-        self.configuration = add_row(rows, "Configuration", choice(
+        self.configuration = add_row(rows, "Configuration:", choice(
             [("auto", None), *((name, name) for name in CONFIGURATIONS)],
             tooltip="What the hardware can do: which model, and how many objects per image. auto looks at the device.",
         ))
@@ -92,7 +92,7 @@ class TrainingFields(QWidget):
             "Also train automatic segmentation. All objects must be labelled for it; else switch it off."
         )
         rows.addRow(self.with_decoder)
-        self.n_epochs = add_row(rows, "Number of epochs", integer(
+        self.n_epochs = add_row(rows, "Number of epochs:", integer(
             100, 1, 1000, tooltip="At most so many passes over the data; training stops earlier if it no longer helps."
         ))
         return box
@@ -100,26 +100,26 @@ class TrainingFields(QWidget):
     def _advanced(self) -> QWidget:
         section, rows = collapsible("Advanced Settings")
         rows.setRowWrapPolicy(QFormLayout.RowWrapPolicy.WrapLongRows)
-        self.device = add_row(rows, "Device", choice(["auto"], tooltip="auto takes a GPU if there is one."))
-        self.patch = add_row(rows, "Patch size", PairRow((512, 512), 0, 2048, step=32))
+        self.device = add_row(rows, "Device:", choice(["auto"], tooltip="auto takes a GPU if there is one."))
+        self.patch = add_row(rows, "Patch size:", PairRow((512, 512), 0, 2048, step=32))
         self.patch.setToolTip("Size of the parts of images that are trained on, in pixels. Check Data suggests one.")
         tip = "Images that are not trained on, to see whether the model becomes better. Empty holds a tenth back."
-        self.val_images = add_row(rows, "Path to validation images", DataRow("a tenth of the images", tooltip=tip))
-        self.val_labels = add_row(rows, "Path to validation labels", DataRow("a tenth of the labels", tooltip=tip))
-        self.checkpoint = add_row(rows, "Custom Weights", PathRow(
+        self.val_images = add_row(rows, "Path to validation images:", DataRow("a tenth of the images", tooltip=tip))
+        self.val_labels = add_row(rows, "Path to validation labels:", DataRow("a tenth of the labels", tooltip=tip))
+        self.checkpoint = add_row(rows, "Custom weights:", PathRow(
             "file", "weights of the chosen model", file_filter=_WEIGHTS,
             tooltip="A checkpoint to begin with; its type of model is read from it.",
         ))
-        self.output_path = add_row(rows, "Output Path", PathRow(
+        self.output_path = add_row(rows, "Output path:", PathRow(
             "save", "folder of the models", file_filter="Weights (*.pt)", tooltip="Where the model is written (.pt)."
         ))
-        self.save_root = add_row(rows, "Folder for checkpoints", PathRow(
+        self.save_root = add_row(rows, "Folder for checkpoints:", PathRow(
             "folder", str(default_save_root()), tooltip="Where checkpoints and logs are kept while it trains."
         ))
-        self.existing = add_row(rows, "If it was trained before", choice(
+        self.existing = add_row(rows, "If it was trained before:", choice(
             _EXISTING, tooltip="What to do if there is a training of this name."
         ))
-        self.n_iterations = add_row(rows, "Iterations", integer(
+        self.n_iterations = add_row(rows, "Iterations:", integer(
             0, 0, 1_000_000, special="by epochs", tooltip="Train for so many steps, instead of a number of epochs."
         ))
         self.promote_worse = QCheckBox("Keep the model even if it became worse")

@@ -21,14 +21,14 @@ from ..training.plan import (
     plan_training,
     register_result,
 )
-from .form import button
+from .form import accent, button
 from .jobs import Job, JobRunner
 from .loss_plot import LossPlot
 from .model_panel import EmbeddingPanel
 from .notices import COLOURS, NoticeLine
 from .progress_view import ProgressView, readable_time
 from .scroll_column import ScrollColumn
-from .torch_loading import load_torch
+from .torch_loading import load_module, load_torch
 from .training_form import TrainingFields
 from .training_results import ResultBox, RichText, report_html
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _SCROLL_AFTER_MS = 50
 # A window that is drawn for the first time loads libraries, too, and would wait until those of torch are loaded.
 _LOAD_AFTER_SECONDS = 1.0
+# What checking the data and training need, in the order in which they need each other.
+_MODULES = ("micro_sam.segmentation.workflow", "micro_sam.training.training", "micro_sam.training.job")
 
 
 class TrainingWidget(QWidget):
@@ -66,13 +68,15 @@ class TrainingWidget(QWidget):
         for signal in (self.runner.started, self.runner.finished, self.runner.failed, self.runner.cancelled):
             signal.connect(self._show_busy)
         self.fields.device.currentIndexChanged.connect(self.find_configuration)
+        self._show_next()
         self.find_configuration()
 
     def _build(self) -> None:
         column = self.column = ScrollColumn()
         layout = column.body
         self.fields = TrainingFields()
-        self.fields.changed.connect(self._forget_problems)
+        for show in (self._forget_problems, self._show_next):
+            self.fields.changed.connect(show)
         self.problem = QLabel()
         self.problem.setWordWrap(True)
         self.problem.setStyleSheet(f"color: {COLOURS['error']}")
@@ -114,10 +118,23 @@ class TrainingWidget(QWidget):
             from ..training.configurations import choose_configuration
             return choose_configuration(device), available_devices()
 
+        def done(found: tuple[str, list[str]]) -> None:
+            self.fields.show_hardware(*found)
+            self._load_training()
+
         task = Task("Look at the hardware", steps, lambda found: found, uses_model=False)
-        self.runner.start(
-            task, key="configuration", background=True, on_done=lambda found: self.fields.show_hardware(*found)
-        )
+        self.runner.start(task, key="configuration", background=True, on_done=done)
+
+    def _load_training(self) -> None:
+        """Load in the background what the buttons need, so that the first press does not wait for it."""
+
+        def steps() -> Steps[None]:
+            for done, name in enumerate(_MODULES):
+                yield Step(done, len(_MODULES), "Load the training")
+                load_module(name)
+
+        task = Task("Load the training", steps, lambda _: None, uses_model=False)
+        self.runner.start(task, key="configuration", background=True)
 
     def check_data(self) -> None:
         """Check fields and data, and show the report."""
@@ -141,6 +158,7 @@ class TrainingWidget(QWidget):
 
         def done(checked: CheckedJob) -> None:
             self._checked = form, checked
+            self._show_next()
             self.report.show_html(report_html(checked.report, f"Data: {checked.job.data.description}"))
             self._scroll_to(self.report)
             if checked.report.ok:
@@ -240,6 +258,13 @@ class TrainingWidget(QWidget):
         busy = any(job.key == "train" for job in self.runner.jobs)
         for widget in (self.fields, self.check, self.start):
             widget.setEnabled(not busy)
+
+    def _show_next(self) -> None:
+        """Colour the button to press next: that of the training once the data, as they are entered, were found fine."""
+        checked = self._checked
+        can_train = checked is not None and checked[1].report.ok and checked[0] == self.fields.values()
+        accent(self.check, not can_train)
+        accent(self.start, can_train)
 
     def _failed(self, job: Job, error: BaseException) -> None:
         if isinstance(error, FormError):

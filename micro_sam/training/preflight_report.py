@@ -103,8 +103,9 @@ def _describe_data(report: PreflightReport) -> list[str]:
         shapes = sorted({p.shape for p in pairs})
         text = " x ".join(map(str, shapes[0])) if len(shapes) == 1 else f"{len(shapes)} shapes"
         low, high = min(p.minimum for p in pairs), max(p.maximum for p in pairs)
+        n = report.count(split)
         lines.append(
-            f"{what}: {report.count(split)} images ({text}, {types}, values {low:g} to {high:g}), "
+            f"{what}: {n} {'image' if n == 1 else 'images'} ({text}, {types}, values {low:g} to {high:g}), "
             f"{report.n_objects(split)} objects, {report.n_objects(split) / len(pairs):.1f} per image"
         )
     if report.diameters is not None:
