@@ -132,6 +132,14 @@ def test_prompts_of_the_shipped_model_stay_on_its_canvas(mode, canvas):
     assert plan.work["tile_shape"] is None
 
 
+def test_amg_of_the_shipped_model_has_thresholds_of_its_own(cells_image):
+    model = workflow.load_model("vit_t_lite", device="cpu", mode="amg")
+    plan = workflow.plan_image(model, cells_image.shape, "auto", None, {}, "vit_t_lite")
+    assert plan.work["pred_iou_thresh"] < 0.88
+    assert segment(cells_image, "vit_t_lite", "amg", device="cpu", points_per_side=6).max() > 0
+    assert segment(cells_image, "vit_t_lite", "amg", device="cpu", points_per_side=6, pred_iou_thresh=0.999).max() == 0
+
+
 def test_model_without_prompts(cells_image, monkeypatch):
     spec = dataclasses.replace(registry.find_spec("vit_t_lite"), modes=("ais",))
     monkeypatch.setattr(registry, "find_spec", lambda name: spec)

@@ -102,9 +102,11 @@ def default_options(model_name: str | None, mode: str) -> dict[str, Any]:
 
     Only `vit_t_lite` has its own; published models keep the defaults of the library.
     """
-    settings = registry.find_spec(SHIPPED_MODEL).settings if model_name == SHIPPED_MODEL and mode == "ais" else None
-    if settings is None:
+    if model_name != SHIPPED_MODEL or mode not in ("ais", "amg"):
         return {}
+    settings = registry.find_spec(SHIPPED_MODEL).settings
+    if mode == "amg":
+        return settings.amg
     return {
         "center_distance_threshold": settings.center_distance_thresh,
         "boundary_distance_threshold": settings.boundary_distance_thresh,
