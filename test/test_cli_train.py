@@ -1,8 +1,10 @@
 """The command micro_sam.train: from files to an exported model, its report, its refusals, and going on."""
 
+import io
 import json
 import os
 import signal
+import zipfile
 
 import imageio.v3 as imageio
 import numpy as np
@@ -11,7 +13,9 @@ import tifffile
 import torch
 
 from micro_sam.automatic_segmentation import automatic_instance_segmentation, get_predictor_and_segmenter
+from micro_sam.bioimageio import model_export
 from micro_sam.cli.train import main
+from micro_sam.core.errors import OutputWriteError
 from micro_sam.training import job, training
 from micro_sam.training.convert import ConvertToSamInputs
 from micro_sam.training.outcome import Scores
@@ -109,6 +113,39 @@ def test_from_files_to_a_segmentation(data, tiny_checkpoint, tmp_path, capsys, c
     np.testing.assert_array_equal(*results)
 
 
+def test_package_for_bioimageio(start, tmp_path, monkeypatch, capsys, fake_scores):
+    fake_scores(0.5, 0.6)
+    output, report_path = tmp_path / "out" / "cells.zip", tmp_path / "report.json"
+    arguments = [*start, "-o", output, "--n_iterations", 1, "--report", report_path]
+    assert call(*arguments) == 0
+    assert json.loads(report_path.read_text())["package"] == str(output)
+    with zipfile.ZipFile(output) as package:
+        assert {"predictor_adaptor.py", "cover.jpeg"} <= set(package.namelist())
+        with package.open("vit_t.pt") as file:
+            packaged = torch.load(io.BytesIO(file.read()), weights_only=True)["model_state"]
+    weights = torch.load(output.with_suffix(".pt"), weights_only=True)["model_state"]
+    assert packaged.keys() == weights.keys()
+    assert all(torch.equal(packaged[name], weights[name]) for name in weights)
+
+    assert call(*arguments, "--resume") == 2
+    assert f"{output} exists" in capsys.readouterr().err
+    output.unlink()
+    monkeypatch.setattr(model_export, "write_package", raising(OutputWriteError("no space")))
+    fake_scores(0.5, 0.6)
+    assert call(*arguments, "--resume") == 1
+    printed = capsys.readouterr()
+    assert "no space" in printed.err
+    assert "micro_sam.export_model" in printed.out
+    assert output.with_suffix(".pt").is_file()
+    assert not output.exists()
+
+
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+    return fail
+
+
 def test_ctrl_c_and_going_on(start, folder, tmp_path, monkeypatch, capsys, fake_scores):
     calls, convert = [], ConvertToSamInputs.__call__
 
@@ -195,7 +232,7 @@ def test_dry_run_writes_nothing(start, tmp_path, capsys, monkeypatch):
     (["--peft", "lora:x"], 2, "METHOD:RANK"),
     (["--peft_layers", "3"], 2, "--peft"),
     (["--peft", "lora:4", "--freeze", "image_encoder"], 2, "adapted layers"),
-    (["-o", "model.zip"], 2, "bioimage.io"),
+    (["-o", "model.zip", "--segmentation_decoder", "instances_only"], 2, "bioimage.io"),
     (["-o", "a/folder"], 2, "bioimage.io"),
     (["--learning-rate", "0"], 2, "--learning_rate"),
     (["--early_stopping", "never"], 2, "--early_stopping"),

@@ -13,11 +13,13 @@ from ..core.errors import (
     InvalidInputError,
     MicroSamError,
     ModelError,
-    UnsupportedError,
+    NoObjectsError,
+    OutputExistsError,
     nearest_names,
 )
 from ._common import FAILED, INTERRUPTED, OK, SETUP, USAGE, Console, Parser, print_error, run_command
 
+_PACKAGE = ".zip"
 _PREPROCESS = ("normalize_image", "normalize_minmax", "normalize_percentile", "none")
 _PEFT = {
     "lora": "LoRASurgery", "fact": "FacTSurgery", "ssf": "SSFSurgery", "adaptformer": "AdaptFormer",
@@ -130,7 +132,10 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("-s", "--save_root", metavar="FOLDER", help="folder for checkpoints and logs; default: here")
     group.add_argument("--trained_model_name", default="sam_model", metavar="NAME", help="default: sam_model")
-    group.add_argument("-o", "--output_path", metavar="FILE", help="where to export the finetuned model (.pt)")
+    group.add_argument(
+        "-o", "--output_path", metavar="FILE",
+        help="where to export the finetuned model: .pt, or .zip for a package for bioimage.io, with the .pt next to it",
+    )
     group.add_argument("--promote_worse", action="store_true", help="export the model even if it became worse")
     group.add_argument("--dry_run", action="store_true", help="check the data and options, report, and stop")
     group.add_argument(
@@ -172,17 +177,21 @@ def _check_arguments(args: argparse.Namespace) -> None:
         for name in ("n_objects", "n_sub_iteration", "two_steps"):
             if getattr(args, name):
                 raise InvalidInputError(f"--{name} is for training with prompts, not for instances_only. Leave it out.")
-    _check_output(args.output_path)
+    if args.output_path is not None:
+        _check_output(Path(args.output_path), args)
 
 
-def _check_output(output: str | None) -> None:
-    if output is None:
-        return
-    if Path(output).suffix.lower() not in (".pt", ".pth"):
-        raise UnsupportedError(
-            f"{output} would be a package for bioimage.io, which this version cannot write yet. Choose an output that "
-            "ends with .pt or .pth."
-        )
+def _check_output(output: Path, args: argparse.Namespace) -> None:
+    if output.suffix.lower() not in (".pt", ".pth", _PACKAGE):
+        raise InvalidInputError(f"{output} must end with .pt or .pth, or with .zip for a package for bioimage.io.")
+    if output.suffix.lower() == _PACKAGE:
+        if args.segmentation_decoder == "instances_only":
+            raise InvalidInputError(
+                "A package for bioimage.io needs a model for prompts, which instances_only does not train. Choose an "
+                "output that ends with .pt."
+            )
+        if output.exists() and not args.overwrite:
+            raise OutputExistsError(f"{output} exists. Choose another output, or remove it.")
 
 
 def _early_stopping(text: str) -> int | None:
@@ -273,6 +282,11 @@ def _finetune(args: argparse.Namespace, console: Console, report: dict[str, Any]
     from ..training.job import ExportError, FinetuneJob, find_data
 
     get_device(args.device)
+    weights = package = None if args.output_path is None else Path(args.output_path)
+    if package is not None and package.suffix.lower() == _PACKAGE:
+        from ..bioimageio.compatibility import load_bioimageio
+        load_bioimageio()  # what is missing is missed now, not after the training
+        weights = package.with_suffix(".pt")
     options = _options(args)
     data = find_data(
         args.images, args.labels, args.image_key, args.label_key, args.val_images, args.val_labels,
@@ -280,7 +294,7 @@ def _finetune(args: argparse.Namespace, console: Console, report: dict[str, Any]
     )
     job = FinetuneJob(
         data=data, options=options, mode=args.segmentation_decoder, name=args.trained_model_name,
-        save_root=args.save_root, output_path=args.output_path, patch_shape=tuple(args.patch_shape),
+        save_root=args.save_root, output_path=weights, patch_shape=tuple(args.patch_shape),
         batch_size=args.batch_size, num_workers=args.num_workers,
         preprocess=None if args.preprocess == "none" else args.preprocess, resume=args.resume,
         overwrite=args.overwrite, promote_worse=args.promote_worse,
@@ -311,7 +325,37 @@ def _finetune(args: argparse.Namespace, console: Console, report: dict[str, Any]
     }
     console.say(f"Report and picture: {job.folder / 'outcome.json'}, {job.folder / 'outcome.png'}")
     console.say(_where(result, args.output_path))
+    if result.output is None or weights == package:
+        return OK
+    try:
+        _write_package(job, result.output, package, console)
+    except MicroSamError as error:
+        report["error"], report["error_type"] = str(error), type(error).__name__
+        print_error(error, args.verbose)
+        console.say(f"There is no {package}. Remove the cause and make it with micro_sam.export_model -c {weights}.")
+        return FAILED
+    report["package"] = str(package)
+    console.say(f"Package for bioimage.io: {package}")
     return OK
+
+
+def _write_package(job: Any, weights: Path, package: Path, console: Console) -> None:
+    """Make a package of the finetuned model; its example is the first held-out image in which it finds something."""
+    from ..bioimageio.model_export import export_sam_model
+    from ..models.checkpoints import read_checkpoint
+
+    architecture = read_checkpoint(weights, mmap=True).architecture
+    name = f"micro_sam {job.name.replace('.', '-')}"
+    for example in job.held_out():
+        try:
+            export_sam_model(
+                example.image, example.labels, architecture, name, package, weights, overwrite=job.overwrite,
+                verbose=console.show_bars,
+            )
+            return
+        except NoObjectsError as error:
+            found_nothing = error
+    raise found_nothing
 
 
 def _where(result: Any, output_path: str | None) -> str:

@@ -103,7 +103,8 @@ def check_form(form: TrainingForm) -> dict[str, str]:
         problems["patch_shape"] = f"Patches must have at least one pixel per side, but are {form.patch_shape}."
     if form.output.suffix.lower() not in (".pt", ".pth"):
         problems["output_path"] = (
-            f"{form.output} must end with .pt or .pth; packages for bioimage.io cannot be written yet."
+            f"{form.output} must end with .pt or .pth. The command micro_sam.export_model makes a package for "
+            "bioimage.io of it."
         )
     problem = _name_problem(form)
     return problems | ({"name": problem} if problem else {})
