@@ -101,14 +101,6 @@ def _upsample(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(x)
 
 
-def _instance_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-    # The statistics of a batch of one are those of the sample; unlike instance_norm, this keeps channels last.
-    samples = [F.batch_norm(s, None, None, norm.weight, norm.bias, True, 0.0, norm.eps) for s in x.split(1)]
-    return samples[0] if len(samples) == 1 else torch.cat(samples)
-
-
 class DecoderAdapter(nn.Module):
     """The decoder of a UNETR, for inference on precomputed image embeddings.
 
@@ -149,12 +141,7 @@ class DecoderAdapter(nn.Module):
     def _normalize(self, norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
         if self.normalization == "running":
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        return _instance_norm(x, norm)
-
-    def _convolve(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        for layer in block.block:
-            x = _instance_norm(x, layer) if isinstance(layer, nn.InstanceNorm2d) else layer(x)
-        return x
+        return F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
     def _deconv(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         upsample, conv, norm, _ = module.block
@@ -163,18 +150,16 @@ class DecoderAdapter(nn.Module):
     @torch.no_grad()
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         # Both paths advance together, so that no map is kept longer than the next level needs it.
-        if x.device.type == "cpu":  # oneDNN convolves channels last about 1.5 times as fast in float32
-            x = x.contiguous(memory_format=torch.channels_last)
-        skip, x = x, self._convolve(self.base, x)
+        skip, x = x, self.base(x)
         levels = zip((self.deconv1, self.deconv2, self.deconv3), self.decoder.samplers, self.decoder.blocks)
         for deconv, sampler, block in levels:
             skip = self._deconv(deconv, skip)
             x = _upsample(sampler, x)
             # The skips have twice the channels; the network was defined, and trained, on their central half.
             start = (skip.shape[1] - x.shape[1]) // 2
-            x = self._convolve(block, torch.cat([x, skip[:, start:start + x.shape[1]]], dim=1))
+            x = block(torch.cat([x, skip[:, start:start + x.shape[1]]], dim=1))
         x = torch.cat([_upsample(self.deconv_out, x), self._deconv(self.deconv4, skip)], dim=1)
-        x = self.out_conv(self._convolve(self.decoder_head, x))
+        x = self.out_conv(self.decoder_head(x))
         return x if self.final_activation is None else self.final_activation(x)
 
     def postprocess_masks(
