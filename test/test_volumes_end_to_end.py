@@ -14,8 +14,9 @@ from micro_sam.automatic_segmentation import (
     get_predictor_and_segmenter,
 )
 from micro_sam.cli.automatic_segmentation import main
-from micro_sam.core.errors import OutputExistsError
+from micro_sam.core.errors import OutputExistsError, UnsupportedError
 from micro_sam.multi_dimensional_segmentation import automatic_3d_segmentation
+from micro_sam.tracking import linking
 from micro_sam.tracking.ctc import read_ctc
 
 LOOSE = {"center_distance_threshold": 0.485, "boundary_distance_threshold": 0.54, "foreground_threshold": 0.4}
@@ -106,7 +107,11 @@ def test_tiles(stack, tiny_checkpoint):
     assert labels.max() > 1
 
 
-def test_tracking_from_file_to_files(run, file, tmp_path, stack, model):
+def missing_trackastra(*args):
+    raise UnsupportedError("trackastra is not installed")
+
+
+def test_tracking_from_file_to_files(run, file, tmp_path, stack, model, monkeypatch):
     tracks, lineages = automatic_tracking(
         *model, file, tmp_path / "tracks", verbose=False, tracking_model=LINKER, min_time_extent=2, **LOOSE
     )
@@ -128,6 +133,8 @@ def test_tracking_from_file_to_files(run, file, tmp_path, stack, model):
     np.testing.assert_array_equal(read_ctc(tmp_path / "cli")[0], tracks)
     assert json.loads((tmp_path / "report.json").read_text())["files"][0]["n_objects"] == len(forest)
     assert "nothing to do" in run(*arguments)[1]
+    monkeypatch.setattr(linking, "TrackastraLinker", missing_trackastra)
+    assert "nothing to do" in run(*arguments, "--tracking_model", "general_2d")[1], "motile stands in for it"
     code, _, err = run(*arguments, "--tracking_mode", "greedy_nodiv")
     assert code == 1
     assert "tracking_mode" in err

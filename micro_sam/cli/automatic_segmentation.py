@@ -287,19 +287,24 @@ def _track(
     from ..core.output import is_same, write_json
     from ..segmentation.workflow import output_settings
     from ..tracking.ctc import RECORD_NAME
+    from ..tracking.linking import get_linker
+    from ..tracking.motile_linker import MotileLinker
     from ..tracking.workflow import automatic_tracking_steps
 
     output = Path(result.output)
-    names = ("gap_closing", "min_time_extent", "tracking_mode", "tracking_model")
+    linker = get_linker(args.tracking_model, args.tracking_mode, plan.model.predictor.device)
+    # Who links, not who was asked to: the record must tell when another one has become available.
+    tracking_model = linker.name if isinstance(linker, MotileLinker) else args.tracking_model
     settings = output_settings(plan.model.predictor, plan.segmenter, image.data, **plan.work)
-    settings["tracking"] = {name: getattr(args, name) for name in names}
+    settings["tracking"] = {name: getattr(args, name) for name in ("gap_closing", "min_time_extent", "tracking_mode")}
+    settings["tracking"]["tracking_model"] = tracking_model
     report.model["hash"] = settings["model_hash"]
     if not args.overwrite and is_same(output / RECORD_NAME, settings):
         result.status = "skipped"
         return f"{image.name}: nothing to do, {output} was made with the same settings"
     _, forest, _ = _drain(plan.work, args, console, lambda work: automatic_tracking_steps(
         image.data, plan.model.predictor, plan.segmenter, embedding_path=embedding_path, gap_closing=args.gap_closing,
-        min_time_extent=args.min_time_extent, mode=args.tracking_mode, tracking_model=args.tracking_model,
+        min_time_extent=args.min_time_extent, mode=args.tracking_mode, tracking_model=tracking_model,
         batch_size=args.batch_size, output_folder=output, overwrite=args.overwrite, **work,
     ))
     write_json(output / RECORD_NAME, {"micro_sam": {"settings": settings}})
