@@ -1,7 +1,6 @@
 """Track cells through a short movie, and write the tracks in two formats that other programs read."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 from micro_sam.automatic_segmentation import automatic_tracking, get_predictor_and_segmenter
@@ -21,13 +20,12 @@ def main() -> None:
     movie = sample_data_cells_tracking()[0][0][:args.frames]
     predictor, segmenter = get_predictor_and_segmenter("vit_t_lite")
     # motile links the cells of neighbouring frames; it is installed and needs no model of its own.
-    shutil.rmtree(args.output, ignore_errors=True)
     tracks, lineages = automatic_tracking(
-        predictor, segmenter, movie, args.output / "ctc", tracking_model="motile", min_size=150
+        predictor, segmenter, movie, args.output / "ctc", tracking_model="motile", min_size=150, overwrite=True
     )
-    write_geff(args.output / "tracks.zarr", tracks, lineages)
+    write_geff(args.output / "tracks.zarr", tracks, lineages, overwrite=True)
     table = measure_tracks(tracks, movie, lineages, verbose=False)
-    write_table(table, args.output / "tracks.csv")
+    write_table(table, args.output / "tracks.csv", overwrite=True)
     print(f"{tracks.max()} tracks in {len(movie)} frames, {len(lineages)} trees")
     print(f"Cell Tracking Challenge files, GEFF and a table of the tracks are in {args.output}")
 
