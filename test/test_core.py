@@ -155,6 +155,7 @@ def test_nearest_names():
 def test_memory_is_reused_while_asked_for():
     code = """
 import resource
+import time
 import numpy as np
 from micro_sam.core.allocator import reusing_memory
 
@@ -169,10 +170,14 @@ with reusing_memory():
     with reusing_memory():
         faults()
     inside = faults()
-print(outside, inside, faults())
+with reusing_memory():
+    again = faults()
+    time.sleep(1.1)
+print(outside, inside, again, faults())
 """
     # A process of its own: other tests change what the allocator keeps, and their threads touch memory.
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    outside, inside, afterwards = map(int, result.stdout.split())
+    outside, inside, again, afterwards = map(int, result.stdout.split())
     assert inside < outside / 5
+    assert again < outside / 5  # a short use leaves its memory to the next
     assert afterwards > outside / 2

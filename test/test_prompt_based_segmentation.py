@@ -1,7 +1,10 @@
 """Prompts on an image: against segment_anything's own predictor, in coordinates (y, x), plain and tiled."""
 
+import copy
+
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 from segment_anything import SamPredictor
 
@@ -119,6 +122,16 @@ def test_masks_scores_and_logits_belong_together(
 def test_box(predictor, embeddings, extension, expected):
     result = segment_from_box(predictor, [20, 100, 60, 160], embeddings, return_all=True, box_extension=extension)
     check(result, predictor, box=np.array(expected), multimask_output=False)
+
+
+def test_masks_follow_the_weights_after_a_change_in_place(tiny_sam, embeddings):
+    predictor = SamPredictor(copy.deepcopy(tiny_sam))
+    box = [20, 100, 60, 160]
+    segment_from_box(predictor, box, embeddings)
+    with torch.no_grad():
+        predictor.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.mul_(0.5)
+    result = segment_from_box(predictor, box, embeddings, return_all=True)
+    check(result, predictor, box=np.array([100, 20, 160, 60]), multimask_output=False)
 
 
 def test_box_and_points(predictor, embeddings):

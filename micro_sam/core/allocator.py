@@ -5,6 +5,7 @@ import ctypes
 import functools
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 # Parameters of mallopt, from malloc.h of glibc.
@@ -15,6 +16,10 @@ _USUAL = {_MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 64 * 2**20, _TOP_PAD: 12
 
 _lock = threading.Lock()
 _users = 0
+_since = 0.0
+# Seconds of use from which memory is handed back. Doing so takes milliseconds, and as long again when the next of many
+# short uses (one object after the other) asks for it; what a short use leaves is the start of the next one.
+_LONG = 1.0
 
 
 @functools.cache
@@ -29,12 +34,13 @@ def reusing_memory() -> Iterator[None]:
 
     Large tensors are otherwise mapped anew each time, and the system clears every page of them first: a training step
     of the instance decoder at 1024 x 1024 pixels takes half as long again, and segmentation a quarter more. At the end
-    of the outermost use all free memory is handed back. Concerns the whole process.
+    of the outermost use all free memory is handed back if it was long. Concerns the whole process.
     """
-    global _users
+    global _users, _since
     with _lock:
         _users += 1
         if _users == 1:
+            _since = time.monotonic()
             _tell(_REUSE)
     try:
         yield
@@ -43,7 +49,7 @@ def reusing_memory() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _tell(_USUAL)
-                if (libc := _libc()) is not None:
+                if time.monotonic() - _since > _LONG and (libc := _libc()) is not None:
                     libc.malloc_trim(0)
 
 

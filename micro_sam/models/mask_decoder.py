@@ -14,6 +14,7 @@ go through the model's own code.
 """
 
 import math
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInputError, NotInitializedError
 
 MAX_TOKENS = 16  # beyond it, folding the tokens into the weights costs more than it saves
+_grids = weakref.WeakKeyDictionary()  # prompt encoder -> (what it is computed from, its positional encoding of the image)
 _CPU_CHUNK = 8  # prompts that go through the decoder together on the CPU: their activations stay near the caches
 
 
@@ -173,6 +175,17 @@ def predict_masks_shared(
     return masks, ious
 
 
+def _positional_encoding(encoder: nn.Module) -> Tensor:
+    """`encoder.get_dense_pe()`, computed once for as long as its random matrix and its grid stay as they are."""
+    matrix = encoder.pe_layer.positional_encoding_gaussian_matrix
+    version = None if matrix.is_inference() else matrix._version
+    state = (matrix.data_ptr(), version, matrix.device, matrix.dtype, encoder.image_embedding_size)
+    known = _grids.get(encoder)
+    if known is None or known[0] != state:
+        known = _grids[encoder] = (state, encoder.get_dense_pe())
+    return known[1]
+
+
 @torch.no_grad()
 def predict_low_res(
     predictor: SamPredictor,
@@ -211,7 +224,7 @@ def predict_low_res(
     model = predictor.model
     prompts = (None if points is None else (points, labels))
     sparse, dense = model.prompt_encoder(points=prompts, boxes=boxes, masks=masks)
-    pe = model.prompt_encoder.get_dense_pe()
+    pe = _positional_encoding(model.prompt_encoder)
     n_tokens = 1 + getattr(model.mask_decoder, "num_mask_tokens", MAX_TOKENS) + sparse.shape[1]
     if n_tokens > MAX_TOKENS or not supports_sharing(model.mask_decoder):
         return model.mask_decoder(
