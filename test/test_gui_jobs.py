@@ -1,5 +1,6 @@
 """Tasks in threads: results and errors arrive in the thread of the user interface, which never waits."""
 
+import sys
 import threading
 import time
 
@@ -356,6 +357,24 @@ def test_the_event_loop_is_never_blocked_for_long(runner):
         time.sleep(0.3)
         _spin_for(0.05)
     assert 0.25 < watchdog.worst < 0.6
+
+
+def test_threads_take_short_turns_while_any_job_works(runner):
+    usual, go_on, seen = sys.getswitchinterval(), threading.Event(), []
+
+    def steps():
+        seen.append(sys.getswitchinterval())
+        yield Step(0, 1, "work")
+        assert go_on.wait(20)
+        seen.append(sys.getswitchinterval())
+
+    runner.start(Task("quick", _count(1), lambda _: None, uses_model=False))
+    runner.start(Task("long", steps, lambda _: None, uses_model=False))
+    _spin(runner, lambda: ("finished", "quick", None) in runner.log)
+    go_on.set()
+    assert runner.wait()
+    assert len(seen) == 2 and max(seen) < usual / 2
+    _spin(runner, lambda: sys.getswitchinterval() == usual)
 
 
 def test_embeddings_can_be_cancelled_and_go_on_where_they_stopped(runner, tiny_predictor, cells_image, tmp_path):

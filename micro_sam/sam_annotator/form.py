@@ -139,7 +139,13 @@ def button(text: str, *, tooltip: str | None = None) -> QPushButton:
 def accent(widget: QPushButton, on: bool) -> None:
     """Show whether a button is the next one to press."""
     style = f"QPushButton:enabled {{ background-color: {ACCENT}; color: white; font-weight: bold; }}"
-    widget.setStyleSheet(style if on else "")
+    restyle(widget, style if on else "")
+
+
+def restyle(widget: QWidget, style: str) -> None:
+    """Set a style sheet if it is another one: Qt lays out and paints anew even if it is not."""
+    if widget.styleSheet() != style:
+        widget.setStyleSheet(style)
 
 
 def counted(n: int, noun: str) -> str:
@@ -165,7 +171,9 @@ class PathRow(QWidget):
         self.line = QLineEdit()
         self.line.setPlaceholderText(placeholder)
         self.line.setClearButtonEnabled(True)
-        self.line.setToolTip(tooltip or "")
+        self._tooltip = tooltip or ""
+        self.line.setToolTip(self._tooltip)
+        self.line.textChanged.connect(self._show_tooltip)
         self.line.textChanged.connect(self.changed)
         self.browse = button("Browse…", tooltip="Choose a folder" if kind == "folder" else "Choose a file")
         self.browse.clicked.connect(self._browse)
@@ -184,6 +192,10 @@ class PathRow(QWidget):
     @path.setter
     def path(self, value: str | os.PathLike | None) -> None:
         self.line.setText("" if value is None else os.fspath(value))
+
+    def _show_tooltip(self, text: str) -> None:
+        """Paths are often longer than the field."""
+        self.line.setToolTip("\n".join(part for part in (text, self._tooltip) if part))
 
     def changeEvent(self, event: QEvent) -> None:
         if event.type() == QEvent.Type.EnabledChange:

@@ -6,6 +6,7 @@ The threads touch no Qt object: they leave steps and results with their job, and
 import atexit
 import contextlib
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -26,6 +27,9 @@ POLL_MS = 15
 REPORT_SECONDS = 0.05  # between two reports of the progress of one job
 CLOSE_SECONDS = 3.0
 EXIT_SECONDS = 30.0
+# How long a thread may keep Python's lock. The window asks for it at each event of Qt, some thirty times for one repaint,
+# so that with Python's 5 ms it would stand still for 150 ms beside a thread that runs Python code.
+SWITCH_SECONDS = 0.0005
 _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 _owners: set[QObject] = set()
 
@@ -37,6 +41,29 @@ def _wait_for_threads() -> None:
     for thread in list(_threads):
         thread.join(max(end - time.monotonic(), 0))
 
+
+class _ShortTurns:
+    """While it is entered, by any number of threads, threads take turns often."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._users, self._usual = 0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._usual = sys.getswitchinterval()
+                sys.setswitchinterval(SWITCH_SECONDS)
+            self._users += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                sys.setswitchinterval(self._usual)
+
+
+_short_turns = _ShortTurns()
 
 
 class _Stopped(Exception):
@@ -176,7 +203,8 @@ class Job:
     def work(self) -> None:
         """Do the work and keep its outcome; runs in the thread of the job."""
         try:
-            self.outcome = ("finished", self._drain())
+            with _short_turns:
+                self.outcome = ("finished", self._drain())
         except (_Stopped, Cancelled):
             self.outcome = ("cancelled", None)
         except BaseException as error:  # whatever it is, the user has to learn of it

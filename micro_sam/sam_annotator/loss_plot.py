@@ -108,6 +108,7 @@ class LossPlot(QWidget):
                 painter.setBrush(curve.colour)
                 for point in points:
                     painter.drawEllipse(point, _DOT, _DOT)
+        painter.end()
 
     def _draw_axes(self, painter, area, line, x_ticks, y_ticks, place) -> None:
         ink = self.palette().windowText().color()

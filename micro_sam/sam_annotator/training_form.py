@@ -10,7 +10,7 @@ from ..annotation.model_choice import ModelEntry, get_entry, model_entries, reso
 from ..models.specs import SHIPPED_MODEL
 from ..training.configurations import CONFIGURATIONS
 from ..training.plan import TrainingForm, default_save_root
-from .form import PairRow, PathRow, add_row, button, choice, collapsible, group, integer, select, set_options
+from .form import PairRow, PathRow, add_row, button, choice, collapsible, group, integer, restyle, select, set_options
 from .notices import COLOURS
 
 _EXISTING = (("ask", "refuse"), ("go on with it", "resume"), ("start anew", "overwrite"))
@@ -237,6 +237,6 @@ class TrainingFields(QWidget):
         """Mark fields that are wrong, and no others."""
         for name, row in self._rows().items():
             target = row.line if isinstance(row, PathRow) else row
-            target.setStyleSheet(f"border: 1px solid {COLOURS['error']};" if name in fields else "")
+            restyle(target, f"border: 1px solid {COLOURS['error']};" if name in fields else "")
         if set(fields) & {"val_images", "val_labels", "checkpoint", "output_path", "patch_shape", "existing"}:
             self.open_advanced()

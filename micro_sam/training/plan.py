@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Existing = Literal["refuse", "resume", "overwrite"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_SECONDS_BETWEEN_SIGNS = 1.0
+_SECONDS_BETWEEN_SIGNS = 0.05  # how soon a cancelled training knows
 
 
 def default_save_root() -> Path:
