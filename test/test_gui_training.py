@@ -179,12 +179,12 @@ def test_from_data_to_a_model_in_the_menus(viewer, widget, tmp_path):
     wait(widget, 500)
     assert "Train" in seen
     assert "before" in widget.result.text.text()
-    assert widget.result.picture.isVisibleTo(widget)
     assert find_spec("mine").path == str(tmp_path / "cache" / "models" / "finetuned" / "mine.pt")
     assert panel.family.findText("My models") >= 0
     panel.set_model("mine")
     assert panel.values().model == "mine"
     settle()
+    assert widget.result.picture.isVisibleTo(widget)
     shot(viewer, "training_done")
 
     widget.start.click()

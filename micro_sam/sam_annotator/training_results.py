@@ -5,7 +5,7 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtpy.QtCore import Qt, QUrl
+from qtpy.QtCore import Qt, QTimer, QUrl
 from qtpy.QtGui import QDesktopServices, QPixmap
 from qtpy.QtWidgets import QLabel, QSizePolicy, QVBoxLayout, QWidget
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _VERDICTS = {"better": ("success", "Better than before"), "same": ("info", "Like before"),
              "worse": ("error", "Worse than before")}
 _MAX_MESSAGES = 8
+_LOAD_AFTER_MS = 30  # less than what the panel waits before it scrolls to the result
 
 
 def _coloured(level: str, text: str) -> str:
@@ -87,21 +88,35 @@ class Picture(QLabel):
     def __init__(self):
         super().__init__()
         self.path: Path | None = None
-        self._pixmap = QPixmap()
+        self._pixmap, self._fitted = QPixmap(), 0
+        self._load_timer = QTimer(self)  # a child, so that it ends with this widget
+        self._load_timer.setSingleShot(True)
+        self._load_timer.setInterval(_LOAD_AFTER_MS)
+        self._load_timer.timeout.connect(self._load)
         self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
         self.setCursor(Qt.CursorShape.PointingHandCursor)
         self.setToolTip("Click to open the picture in full size")
         self.hide()
 
     def show_file(self, path: Path | None) -> None:
-        """Show a file; None or one that is not there hides the picture."""
-        self.path, self._pixmap = path, QPixmap() if path is None else QPixmap(str(path))
+        """Show a file; None or one that is not there hides the picture.
+
+        It is read a moment later, when what else has changed is on the screen: all at once would be felt as a stop.
+        """
+        self.path, self._pixmap = path, QPixmap()
+        self.hide()
+        if path is not None:
+            self._load_timer.start()
+
+    def _load(self) -> None:
+        self._pixmap, self._fitted = QPixmap() if self.path is None else QPixmap(str(self.path)), 0
         self.setVisible(not self._pixmap.isNull())
         self._fit()
 
     def _fit(self) -> None:
-        if not self._pixmap.isNull():
-            width = max(self.width(), 100)
+        width = max(self.width(), 100)
+        if not self._pixmap.isNull() and width != self._fitted:
+            self._fitted = width
             self.setPixmap(self._pixmap.scaledToWidth(width, Qt.TransformationMode.SmoothTransformation))
             self.setFixedHeight(round(width * self._pixmap.height() / self._pixmap.width()))
 
