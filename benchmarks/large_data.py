@@ -6,10 +6,12 @@
 The image is a mosaic of a real one (`--image`, by default an example that ships), mirrored at each seam so that objects
 continue, and read piece by piece: nothing of its size is ever in memory or on disk. In planes of a volume the mosaic is
 shifted by a pixel per plane. Call it again after an interruption and it goes on; the figures are of the last call.
-Under `/usr/bin/time -v` the system says the peak memory, too.
+Under `/usr/bin/time -v` the system says the peak memory, too. `--workers` lets so many processes share the cores; the
+seconds of each phase tell which of them gain from more workers.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import time
@@ -18,8 +20,11 @@ from pathlib import Path
 import dask.array as da
 import imageio.v3 as imageio
 import numpy as np
+from tqdm import tqdm
 
-from micro_sam.blockwise.workflow import segment_blockwise
+from micro_sam.blockwise.tasks import ImageSource, ModelSource
+from micro_sam.blockwise.workflow import blockwise_steps
+from micro_sam.core.progress import drain
 
 EXAMPLE = Path(__file__).parents[1] / "examples/data/fluorescence_large.png"
 
@@ -43,6 +48,28 @@ def mirrored(start: int, stop: int, n: int) -> np.ndarray:
     return np.where(position < n, position, 2 * n - 1 - position)
 
 
+class Phases:
+    """A bar per phase of the work, and the seconds that each has taken."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._bar = None
+
+    def begin(self, total: int, text: str) -> None:
+        self.end()
+        self._bar = tqdm(total=total, desc=text)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            taken = time.time() - self._bar.start_t
+            self.seconds[self._bar.desc] = round(self.seconds.get(self._bar.desc, 0) + taken, 2)
+            self._bar = None
+
+    def update(self, n: int) -> None:
+        self._bar.update(n)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="zarr array of the labels")
@@ -50,16 +77,25 @@ def main() -> None:
     parser.add_argument("--image", type=Path, default=EXAMPLE, help="a grey image")
     parser.add_argument("--model", default="vit_t_lite")
     parser.add_argument("--mode", default="ais", choices=("ais", "apg", "amg"))
+    parser.add_argument("--workers", type=int, help="processes, needs micro_sam[distributed]; default: this one alone")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON with more arguments of segment_blockwise")
     args = parser.parse_args()
 
-    lazy = mosaic(imageio.imread(args.image), tuple(args.shape))
-    start = time.perf_counter()
-    labels = segment_blockwise(lazy, args.output, args.model, args.mode, device="cpu", **args.options)
+    lazy, phases = mosaic(imageio.imread(args.image), tuple(args.shape)), Phases()
+    with contextlib.ExitStack() as stack:
+        engine = None
+        if args.workers:
+            from micro_sam.distributed import DaskEngine, connect
+            engine = DaskEngine(stack.enter_context(connect("local", args.workers)))
+        start = time.perf_counter()
+        model = ModelSource(args.model, None, "cpu", args.mode)
+        steps = blockwise_steps(ImageSource(lazy), args.output, model, engine=engine, **args.options)
+        labels = drain(steps, pbar_init=phases.begin, pbar_update=phases.update)
+        phases.end()
     print(json.dumps({
-        "shape": args.shape, "mode": args.mode, "objects": labels.attrs["micro_sam"]["n_objects"],
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "shape": args.shape, "mode": args.mode, "workers": args.workers,
+        "objects": labels.attrs["micro_sam"]["n_objects"], "seconds": round(time.perf_counter() - start, 1),
+        "phases": phases.seconds, "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }))
 
 
