@@ -38,7 +38,7 @@ from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder
 FILES = {
     "rdf.yaml", "vit_t.pt", "predictor_adaptor.py", "environment.yaml", "documentation.md", "cover.jpeg", "input.npy",
     "box_prompts.npy", "point_prompts.npy", "point_labels.npy", "mask_prompts.npy", "embeddings.npy", "mask.npy",
-    "scores.npy",
+    "scores.npy", "sample_image.png", "sample_mask.png",
 }
 
 
@@ -195,7 +195,7 @@ def _scaled(mask):
 def test_files_and_provenance(package, tiny_checkpoint):
     with zipfile.ZipFile(package) as archive:
         assert sorted(archive.namelist()) == sorted(FILES)
-    assert len(FILES) == 14
+    assert len(FILES) == 16
     description = _description(package)
     assert (description["name"], description["license"]) == ("Tiny (test)", "CC0-1.0")
     assert [author["name"] for author in description["authors"]] == ["Ada"]  # and nobody else
@@ -225,6 +225,7 @@ def test_bioimageio_accepts_and_runs_the_package(package):
     # Pictures of the tensors are recommended, but boxes and points have none.
     warnings = [w for detail in found.validation_summary.details for w in detail.warnings]
     assert {str(w.loc[-1]) for w in warnings} <= {"sample_tensor", "tags"}
+    assert sum(w.loc[-1] == "sample_tensor" for w in warnings) == 7
 
     content = {k: v for k, v in _description(package).items() if k not in ("authors", "cite")}
     with zipfile.ZipFile(package) as archive, spec.ValidationContext(root=archive, log_warnings=False) as context:

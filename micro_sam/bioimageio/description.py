@@ -35,6 +35,8 @@ def _tensor(row: TensorRow, folder: Path, is_input: bool) -> dict[str, Any]:
         "id": row.name, "description": row.description, "axes": [dict(axis) for axis in row.axes],
         "data": {"type": row.dtype}, "test_tensor": file_entry(folder / row.file),
     }
+    if row.picture:
+        content["sample_tensor"] = file_entry(folder / row.picture)
     return content | ({"optional": row.optional} if is_input else {})
 
 

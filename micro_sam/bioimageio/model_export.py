@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 import yaml
@@ -36,7 +37,7 @@ from . import provenance
 from .compatibility import closing_files, load_bioimageio
 from .description import ADAPTOR_SOURCE, build_description, description_content, file_entry, write_package
 from .predictor_adaptor import SEGMENTATION_OPTIONS, PredictorAdaptor
-from .tensors import example_inputs, tensor_rows
+from .tensors import example_inputs, picture_of, tensor_rows
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +236,8 @@ def _write_files(
     inputs, outputs = tensor_rows(prompt_encoder.mask_input_size[0], prompt_encoder.image_embedding_size[0])
     for row in (*inputs, *outputs):
         np.save(folder / row.file, example[row.name])
+        if row.picture:
+            imageio.imwrite(folder / row.picture, picture_of(example[row.name]))
     weights = folder / f"{model.architecture}.pt"
     save_checkpoint(model.weights, weights)
     (folder / "predictor_adaptor.py").write_text(ADAPTOR_SOURCE, encoding="utf-8")

@@ -17,7 +17,10 @@ _EMBEDDING_CHANNELS = 256
 
 @dataclass(frozen=True)
 class TensorRow:
-    """A tensor as bioimage.io sees it. `file` holds the example; `axes` are rows of the description, see there."""
+    """A tensor as bioimage.io sees it.
+
+    `file` holds the example, and `picture` shows it to people, where it can be seen; `axes` are rows of the description.
+    """
 
     name: str
     file: str
@@ -25,6 +28,7 @@ class TensorRow:
     description: str
     axes: tuple[dict[str, Any], ...]
     optional: bool = False
+    picture: str = ""
 
 
 def _channels(*names: str) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def tensor_rows(mask_size: int, embedding_size: int) -> tuple[tuple[TensorRow, .
     )
     inputs = (
         TensorRow("image", "input.npy", "uint8", "the image, values from 0 to 255",
-                  (_BATCH, _channels("R", "G", "B"), *_space(None))),
+                  (_BATCH, _channels("R", "G", "B"), *_space(None)), picture="sample_image.png"),
         TensorRow("box_prompts", "box_prompts.npy", "int64", "one box around each object, in pixels, ends exclusive",
                   (_BATCH, _OBJECTS, _channels("x_min", "y_min", "x_max", "y_max")), optional=True),
         TensorRow("point_prompts", "point_prompts.npy", "int64", "points in and around each object, in pixels",
@@ -71,12 +75,20 @@ def tensor_rows(mask_size: int, embedding_size: int) -> tuple[tuple[TensorRow, .
     )
     outputs = (
         TensorRow("masks", "mask.npy", "uint8", "one binary mask for each object",
-                  (_BATCH, _FOUND, _channels("mask"), *_space("image"))),
+                  (_BATCH, _FOUND, _channels("mask"), *_space("image")), picture="sample_mask.png"),
         TensorRow("scores", "scores.npy", "float32", "predicted quality of each mask (IoU)",
                   (_BATCH, _FOUND, _channels("mask"))),
         embedding,
     )
     return inputs, outputs
+
+
+def picture_of(tensor: np.ndarray) -> np.ndarray:
+    """A picture (Y, X[, 3]), uint8, of an image (1, 3, Y, X) or of masks (1, O, 1, Y, X), each in a grey of its own."""
+    if tensor.ndim == 4:
+        return np.moveaxis(tensor[0], 0, -1)
+    greys = np.linspace(0, 255, len(tensor[0]) + 1)[1:, None, None]
+    return (tensor[0, :, 0] * greys).max(axis=0).astype("uint8")
 
 
 def example_inputs(image: np.ndarray, label_image: np.ndarray, mask_size: int) -> dict[str, np.ndarray]:
