@@ -373,7 +373,8 @@ def test_threads_take_short_turns_while_any_job_works(runner):
     _spin(runner, lambda: ("finished", "quick", None) in runner.log)
     go_on.set()
     assert runner.wait()
-    assert len(seen) == 2 and max(seen) < usual / 2
+    assert len(seen) == 2
+    assert max(seen) < usual / 2
     _spin(runner, lambda: sys.getswitchinterval() == usual)
 
 

@@ -19,7 +19,7 @@ _EMBEDDING_CHANNELS = 256
 class TensorRow:
     """A tensor as bioimage.io sees it.
 
-    `file` holds the example, and `picture` shows it to people, where it can be seen; `axes` are rows of the description.
+    `file` holds the example, `picture` shows it to people, where it can be seen; `axes` are rows of the description.
     """
 
     name: str

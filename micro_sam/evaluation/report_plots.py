@@ -11,7 +11,7 @@ from ..core.output import temporary_path
 # Okabe and Ito 2008: told apart with any kind of colour vision.
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")
 _MAX_BAR_PANELS = 3
-_MAX_CURVE_PANELS = 6
+_MAX_CURVE_PANELS = 12
 
 
 def draw_report(
@@ -103,8 +103,8 @@ def _bars(dots: pd.DataFrame, means: pd.DataFrame, scores: Sequence[str]):
 def _curves(dots: pd.DataFrame, means: pd.DataFrame, scores: Sequence[str]):
     """Means over the iterations with their intervals of confidence: a row of panels per score, a column per group."""
     scores = [score for score in ("IoU", "mSA") if score in scores] or scores[:1]
-    # The last group is that of all images.
-    groups, series = _names(means["_group"])[::-1][:_MAX_CURVE_PANELS], _names(means["_series"])
+    groups, series = _names(means["_group"]), _names(means["_series"])
+    groups = [*groups[-1:], *groups[:-1]][:_MAX_CURVE_PANELS]  # the last one is that of all images
     figure = _figure(max(5.0, 3.2 * len(groups)), 3.0 * len(scores) + 0.5)
     axes = figure.subplots(len(scores), len(groups), squeeze=False, sharex=True, sharey="row")
     for row, score in zip(axes, scores):

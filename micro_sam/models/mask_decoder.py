@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..core.errors import InvalidInputError, NotInitializedError
 
 MAX_TOKENS = 16  # beyond it, folding the tokens into the weights costs more than it saves
-_grids = weakref.WeakKeyDictionary()  # prompt encoder -> (what it is computed from, its positional encoding of the image)
+_grids = weakref.WeakKeyDictionary()  # prompt encoder -> (what it depends on, its positional encoding of the image)
 _CPU_CHUNK = 8  # prompts that go through the decoder together on the CPU: their activations stay near the caches
 
 
