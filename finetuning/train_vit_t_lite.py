@@ -283,7 +283,7 @@ class LiteTrainer(DefaultTrainer):
     """torch-em's trainer with both losses, gradient clipping and averaged weights."""
 
     average: Average
-    prompt_share: float  # of the iterations; the others train the instance decoder alone, in a fifth of the time
+    prompt_share: float  # of the iterations; the others train the instance decoder alone, in less time
     decoder_loss = DecoderLoss()
 
     def _forward_and_loss(self, x, y):
