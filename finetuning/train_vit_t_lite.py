@@ -38,7 +38,7 @@ MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 CANVAS = 1024
 # Pixels of a crop: crops per batch, objects with prompts per crop. The windows of TinyViT fit into 224 pixels without
-# the padding that makes 256 a third slower; it occurs at 512, as at inference.
+# the padding that makes 256 a fifth slower; it occurs at 512, as at inference.
 SIZES = {224: (10, 6), 512: (2, 10)}
 UNKNOWN = -1.0  # foreground of images whose labels are good enough for prompts only
 # Factor from pixels of the image to pixels that the encoder sees at inference, where the image fills the canvas, per

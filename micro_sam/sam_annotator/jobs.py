@@ -27,8 +27,8 @@ POLL_MS = 15
 REPORT_SECONDS = 0.05  # between two reports of the progress of one job
 CLOSE_SECONDS = 3.0
 EXIT_SECONDS = 30.0
-# How long a thread may keep Python's lock. The window asks for it at each event of Qt, some thirty times for one
-# repaint, so that with Python's 5 ms it would stand still for 150 ms beside a thread that runs Python code.
+# How long a thread may keep Python's lock. The window asks for it at each event of Qt, many times for one repaint;
+# with Python's 5 ms these waits add up to a stop that is felt, beside a thread that runs Python code.
 SWITCH_SECONDS = 0.0005
 _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 _owners: set[QObject] = set()
