@@ -7,6 +7,7 @@ import torch
 from torch_em.model import UNETR
 
 from micro_sam.core.errors import CheckpointError, InvalidInputError
+from micro_sam.models import decoder_cpu
 from micro_sam.models.decoder import DecoderAdapter, get_decoder, get_unetr
 from micro_sam.models.tiny_vit import TinyViT
 
@@ -52,9 +53,11 @@ def embedding():
     return torch.randn(3, 256, SIZE // 16, SIZE // 16, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.parametrize("values_per_strip", [decoder_cpu._VALUES_PER_STRIP, 3000, 1])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("normalization", ["instance", "running"])
-def test_equals_torch_em(encoder, embedding, transposed, normalization):
+def test_equals_torch_em(encoder, embedding, transposed, normalization, values_per_strip, monkeypatch):
+    monkeypatch.setattr(decoder_cpu, "_VALUES_PER_STRIP", values_per_strip)
     unetr = make_unetr(encoder, transposed=transposed)
     decoder = get_decoder(encoder, state_of(unetr), "cpu", normalization=normalization)
     for input_shape, original_shape in (((SIZE, SIZE), (SIZE, SIZE)), ((SIZE, 50), (123, 96))):
@@ -62,6 +65,8 @@ def test_equals_torch_em(encoder, embedding, transposed, normalization):
         expected = reference(unetr, embedding[:1], input_shape, original_shape, training=normalization == "instance")
         assert output.shape == (1, 3, *original_shape)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+        plain = decoder.postprocess_masks(decoder.layer_by_layer(embedding[:1]), input_shape, original_shape)
+        torch.testing.assert_close(plain, expected, atol=1e-5, rtol=0)
     # The two modes must differ, or the comparison would show nothing.
     other = DecoderAdapter(unetr, normalization="running" if normalization == "instance" else "instance")
     assert (other(embedding[:1], input_shape, original_shape) - output).abs().max() > 0.01
@@ -79,6 +84,18 @@ def test_result_does_not_depend_on_the_batch_and_statistics_stay(encoder, embedd
     assert not together.requires_grad
     after = state_of(unetr)
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_maps_far_from_zero_are_normalised_exactly(monkeypatch):
+    """Sums of squares would lose all digits of the variance; strips of other means must not change it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 50, 40, generator=generator) * 0.01 + torch.tensor([1000.0, -5, 0])[None, :, None, None]
+    x[:, :, 25:] += 1
+    monkeypatch.setattr(decoder_cpu, "_VALUES_PER_STRIP", 500)
+    mean, variance = decoder_cpu._moments(x)
+    values = x.double()[0].flatten(1)
+    torch.testing.assert_close(mean, values.mean(1), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(variance, values.var(1, correction=0), rtol=1e-4, atol=0)
 
 
 def test_published_layout_has_66_tensors():

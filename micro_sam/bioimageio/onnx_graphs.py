@@ -149,8 +149,7 @@ class _InstanceDecoder(nn.Module):
         self.to_image = _ToImage(decoder.img_size, decoder.img_size)
 
     def forward(self, image_embeddings: Tensor, orig_im_size: Tensor) -> tuple[Tensor, ...]:
-        canvas = (self.decoder.img_size, self.decoder.img_size)
-        return self.to_image(self.decoder(image_embeddings, canvas, canvas), orig_im_size).unbind(1)
+        return self.to_image(self.decoder.layer_by_layer(image_embeddings), orig_im_size).unbind(1)
 
 
 def _random(seed: int) -> torch.Generator:

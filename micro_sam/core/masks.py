@@ -62,21 +62,21 @@ def crop_mask(mask: np.ndarray, origin: tuple[int, int] = (0, 0), hint: Sequence
     Returns:
         The crop; of an empty mask one of shape (0, 0).
     """
-    area = int(np.count_nonzero(mask))
     y0, x0 = 0, 0
-    if area and hint is not None:
+    if hint is not None:
         x, y, w, h = (int(v) for v in hint)
         y, x = max(y, 0), max(x, 0)
         window = mask[y:y + h + 1, x:x + w + 1]
-        if np.count_nonzero(window) == area:
+        if np.count_nonzero(window) == np.count_nonzero(mask):
             mask, y0, x0 = window, y, x
-    if not area:
-        return BoxedMask(int(origin[0]), int(origin[1]), np.zeros((0, 0), dtype=bool), 0)
     rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return BoxedMask(int(origin[0]), int(origin[1]), np.zeros((0, 0), dtype=bool), 0)
     mask = mask[rows[0]:rows[-1] + 1]
     columns = np.flatnonzero(mask.any(axis=0))
     mask = np.ascontiguousarray(mask[:, columns[0]:columns[-1] + 1])
-    return BoxedMask(int(origin[0]) + y0 + int(rows[0]), int(origin[1]) + x0 + int(columns[0]), mask, area)
+    y0, x0 = int(origin[0]) + y0 + int(rows[0]), int(origin[1]) + x0 + int(columns[0])
+    return BoxedMask(y0, x0, mask, int(np.count_nonzero(mask)))
 
 
 def read_record(record: Mapping[str, Any]) -> tuple[BoxedMask, tuple[int, int]]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.errors import CheckpointError, InvalidInputError
 from ..core.settings import get_device
+from .decoder_cpu import decode_sample
 
 Normalization = Literal["instance", "running"]
 OUT_CHANNELS = 3
@@ -149,6 +150,15 @@ class DecoderAdapter(nn.Module):
 
     @torch.no_grad()
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` computes before post-processing: maps (B, 3, 16 h, 16 w)."""
+        if x.device.type != "cpu":
+            return self.layer_by_layer(x)
+        x = torch.cat([decode_sample(self, sample[None], _upsample) for sample in x])
+        return x if self.final_activation is None else self.final_activation(x)
+
+    @torch.no_grad()
+    def layer_by_layer(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as one network of plain layers, for GPUs and for export."""
         # Both paths advance together, so that no map is kept longer than the next level needs it.
         skip, x = x, self.base(x)
         levels = zip((self.deconv1, self.deconv2, self.deconv3), self.decoder.samplers, self.decoder.blocks)
