@@ -75,14 +75,20 @@ def peak_resident() -> float:
 
 @pytest.mark.parametrize("tiled", [False, True])
 def test_peak_memory_does_not_grow_with_the_number_of_planes_or_tiles(tmp_path, tiled):
-    context, peaks = process_context(), {}
-    for n, path in [(8, tmp_path / "8.zarr"), (64, tmp_path / "64.zarr"), (64, None)]:
+    context = process_context()
+
+    def peak(n, path):
         ours, theirs = context.Pipe()
         process = context.Process(target=_peak_memory, args=(theirs, n, path, tiled))
         process.start()
         theirs.close()
-        peaks[n, path is not None] = finish(process, ours)
-    print({f"N={n}, {'disk' if disk else 'memory'}": f"{peak:.0f} MiB" for (n, disk), peak in peaks.items()})
-    kept = peaks[64, False] - peaks[8, True]
-    assert kept > 70  # the measurement sees it if all features, 144 MiB, are kept
-    assert peaks[64, True] - peaks[8, True] < 0.4 * kept  # the allocator adds up to 35 MiB of its own on some machines
+        return finish(process, ours)
+
+    few, kept = peak(8, tmp_path / "8.zarr"), peak(64, None)
+    assert kept - few > 70  # the measurement sees it if all features, 144 MiB, are kept
+    # The allocator sometimes adds up to 90 MiB of its own, whatever the number; what is kept would be there each time.
+    many = [kept]
+    while len(many) < 4 and min(many) - few >= 0.4 * (kept - few):
+        many.append(peak(64, tmp_path / f"64_{len(many)}.zarr"))
+    print(f"{few:.0f} MiB for 8, {kept:.0f} for 64 in memory, {many[1:]} for 64 on disk")
+    assert min(many) - few < 0.4 * (kept - few)
