@@ -1,6 +1,7 @@
-"""Segment an image or a volume that is larger than memory, to see what it costs: seconds, objects and peak memory.
+"""Segment or encode an image or a volume that is larger than memory: seconds, objects and peak memory.
 
     python benchmarks/large_data.py labels.zarr --shape 20480 20480 --mode ais
+    python benchmarks/large_data.py embeddings.zarr --shape 20480 20480 --mode embeddings
     python benchmarks/large_data.py labels.zarr --shape 200 2048 2048 --mode amg --options '{"points_per_side": 8}'
 
 The image is a mosaic of a real one (`--image`, by default an example that ships), mirrored at each seam so that objects
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from micro_sam.blockwise.tasks import ImageSource, ModelSource
 from micro_sam.blockwise.workflow import blockwise_steps
 from micro_sam.core.progress import drain
+from micro_sam.util import get_sam_model, precompute_image_embeddings
 
 EXAMPLE = Path(__file__).parents[1] / "examples/data/fluorescence_large.png"
 
@@ -72,31 +74,46 @@ class Phases:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="zarr array of the labels")
+    parser.add_argument("output", type=Path, help="zarr array of the labels, or folder of the embeddings")
     parser.add_argument("--shape", type=int, nargs="+", required=True, help="(Z) Y X in pixels")
     parser.add_argument("--image", type=Path, default=EXAMPLE, help="a grey image")
     parser.add_argument("--model", default="vit_t_lite")
-    parser.add_argument("--mode", default="ais", choices=("ais", "apg", "amg"))
+    parser.add_argument("--mode", default="ais", choices=("ais", "apg", "amg", "embeddings"))
     parser.add_argument("--workers", type=int, help="processes, needs micro_sam[distributed]; default: this one alone")
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON with more arguments of segment_blockwise")
+    parser.add_argument("--options", type=json.loads, default={},
+                        help="JSON with more arguments of segment_blockwise or precompute_image_embeddings")
     args = parser.parse_args()
 
     lazy, phases = mosaic(imageio.imread(args.image), tuple(args.shape)), Phases()
+    start = time.perf_counter()
+    n = {"embeddings": encode, "ais": segment, "apg": segment, "amg": segment}[args.mode](args, lazy, phases)
+    phases.end()
+    print(json.dumps({
+        "shape": args.shape, "mode": args.mode, "workers": args.workers, **n,
+        "seconds": round(time.perf_counter() - start, 1), "phases": phases.seconds,
+        "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }))
+
+
+def encode(args: argparse.Namespace, lazy: da.Array, phases: Phases) -> dict[str, int]:
+    options = {"tile_shape": (1024, 1024), "halo": (128, 128), **args.options}
+    precompute_image_embeddings(
+        get_sam_model(args.model, device="cpu"), lazy, args.output, lazy_loading=True, ndim=lazy.ndim,
+        pbar_init=phases.begin, pbar_update=phases.update, **options,
+    )
+    return {"bytes": sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())}
+
+
+def segment(args: argparse.Namespace, lazy: da.Array, phases: Phases) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         engine = None
         if args.workers:
             from micro_sam.distributed import DaskEngine, connect
             engine = DaskEngine(stack.enter_context(connect("local", args.workers)))
-        start = time.perf_counter()
         model = ModelSource(args.model, None, "cpu", args.mode)
         steps = blockwise_steps(ImageSource(lazy), args.output, model, engine=engine, **args.options)
         labels = drain(steps, pbar_init=phases.begin, pbar_update=phases.update)
-        phases.end()
-    print(json.dumps({
-        "shape": args.shape, "mode": args.mode, "workers": args.workers,
-        "objects": labels.attrs["micro_sam"]["n_objects"], "seconds": round(time.perf_counter() - start, 1),
-        "phases": phases.seconds, "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }))
+    return {"objects": labels.attrs["micro_sam"]["n_objects"]}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A ViT-T encoder, SAM's prompt encoder and mask decoder, and a slim UNETR decoder
 224 or 512 pixels: the decoder to predict foreground, centre distance and boundary distance, the mask decoder to follow
 points and boxes with corrections (Archit et al. 2025, 10.1038/s41592-024-02580-4). The losses are those of
 `micro_sam.training`. TinyViT has no absolute position embedding, so it runs at any image size; the position encoding
-of prompts is shifted at random, so that a crop stands for any part of the canvas of 1024 pixels.
+of prompts is shifted at random, so that a crop stands for any part of the canvas.
 
     python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --iterations 4000
 
@@ -36,13 +36,12 @@ from micro_sam.training.trainable_sam import TrainableSAM
 
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-CANVAS = 1024
 # Pixels of a crop: crops per batch, objects with prompts per crop. The windows of TinyViT fit into 224 pixels without
 # the padding that makes 256 a fifth slower; it occurs at 512, as at inference.
 SIZES = {224: (10, 6), 512: (2, 10)}
 UNKNOWN = -1.0  # foreground of images whose labels are good enough for prompts only
-# Factor from pixels of the image to pixels that the encoder sees at inference, where the image fills the canvas, per
-# modality (first part of the file name).
+# Factor from pixels of the image to pixels that the encoder sees at inference, where the image fills the canvas of
+# 1024 pixels, per modality (first part of the file name).
 NOMINAL_ZOOM = {
     "fluo_256": 4.0, "fluo_360": 2.84, "purple_256x320": 3.2, "fluo_large": 1.45, "graytissue_1024": 1.0, "set": 2.0,
     "ec": 3.0,
@@ -57,19 +56,25 @@ PROMPTS_ONLY = ("ec",)
 class Lite(torch.nn.Module):
     """SAM and the instance decoder around one encoder, for crops."""
 
-    def __init__(self, features: int):
+    def __init__(self, features: int, canvas: int):
         super().__init__()
-        sam = build_sam("vit_t", image_size=CANVAS)
+        self.canvas = canvas
+        sam = build_sam("vit_t", image_size=canvas)
         self.sam = TrainableSAM(sam)
         self.unetr = get_unetr(sam.image_encoder, device="cpu", initial_features=features)
         positions = sam.prompt_encoder.pe_layer
         self.scale, self.start, encode = 1.0, torch.zeros(2), positions._pe_encoding
         positions._pe_encoding = lambda coords: encode(coords * self.scale + self.start.to(coords))
-        self.frozen_statistics = False
+        self.frozen_statistics = self.prompts_only = False
+
+    def train_prompts_only(self) -> None:
+        """Leave the encoder and the instance decoder as they are, with their automatic segmentation."""
+        self.prompts_only = True
+        self.unetr.requires_grad_(False)
 
     def place(self, size: int, rng: np.random.Generator) -> None:
         """Prepare for crops of `size` pixels somewhere on the canvas."""
-        self.scale = size / CANVAS
+        self.scale = size / self.canvas
         self.start = torch.from_numpy(rng.uniform(0, 1 - self.scale, 2).astype("float32"))
         sam = self.sam.sam
         sam.image_encoder.img_size = self.sam.transform.target_length = size
@@ -86,7 +91,10 @@ class Lite(torch.nn.Module):
         return self
 
     def forward(self, x):
-        """Encode normalised crops; returns the embeddings and the decoder's maps."""
+        """Encode normalised crops; returns the embeddings and the decoder's maps, None where those are not trained."""
+        if self.prompts_only:
+            with torch.no_grad():
+                return self.unetr.encoder(x), None
         embeddings = self.unetr.encoder(x)
         shape = tuple(x.shape[-2:])
         return embeddings, self.unetr.decode((embeddings, None, x), shape, shape)
@@ -149,8 +157,8 @@ def normalise(image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
 class Crops(torch.utils.data.Dataset):
     """Batches of random crops, the same ones for the same index; with or without photometric augmentation."""
 
-    def __init__(self, entries: list[dict], n_samples: int, photometric: bool):
-        self.n_samples, self.photometric = n_samples, photometric
+    def __init__(self, entries: list[dict], n_samples: int, photometric: bool, canvas: int):
+        self.n_samples, self.photometric, self.zoom = n_samples, photometric, canvas / 1024
         self.groups = {}
         for entry in entries:
             self.groups.setdefault(entry["modality"], []).append(entry)
@@ -179,7 +187,7 @@ class Crops(torch.utils.data.Dataset):
         entry = self.groups[modality][rng.integers(len(self.groups[modality]))]
         wide = self.photometric and rng.random() < ANY_ZOOM_SHARE
         low, high = ANY_ZOOM_RANGE if wide else ZOOM_RANGE.get(modality, DEFAULT_ZOOM_RANGE)
-        zoom = NOMINAL_ZOOM[modality] * math.exp(rng.uniform(math.log(low), math.log(high)))
+        zoom = self.zoom * NOMINAL_ZOOM[modality] * math.exp(rng.uniform(math.log(low), math.log(high)))
         stretch = math.exp(rng.uniform(-0.12, 0.12))
         size = [max(16, round(crop_size / z)) for z in (zoom * stretch, zoom / stretch)]
         start = [int(rng.integers(0, max(n - s, 0) + 1)) for n, s in zip(entry["maps"].shape[1:], size)]
@@ -292,7 +300,10 @@ class LiteTrainer(DefaultTrainer):
         self.model.place(size, rng)
         embeddings, maps = self.model(x)
         known = y[:, 1].amin((1, 2)) != UNKNOWN
-        loss = self.decoder_loss(maps[known].float(), y[known, 1:]) if known.any() else maps.sum() * 0
+        if self.model.prompts_only:
+            loss = torch.zeros(())
+        else:
+            loss = self.decoder_loss(maps[known].float(), y[known, 1:]) if known.any() else maps.sum() * 0
         parts = [float(loss.detach())]
         self.parts.append(parts)
         if self.model.training and rng.random() > self.prompt_share:
@@ -325,6 +336,8 @@ class LiteTrainer(DefaultTrainer):
         return kept
 
     def _backprop_mixed(self, loss):
+        if not loss.requires_grad:  # only prompts are trained, and no crop has an object
+            return
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -380,6 +393,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=4000, help="of the whole run, before and after --resume")
     parser.add_argument("--frozen-statistics", action="store_true", help="keep BatchNorm's statistics of --init")
     parser.add_argument("--prompt-share", type=float, default=0.7, help="of the iterations; the others train only maps")
+    parser.add_argument("--prompts-only", action="store_true", help="leave encoder and decoder of --init alone")
+    parser.add_argument("--canvas", type=int, default=1024, help="pixels of the side that an image fills at inference")
     parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
@@ -398,17 +413,21 @@ def main() -> None:
     (args.output / "held_out.txt").write_text("\n".join(e["name"] for e in held_out) + "\n")
     print(f"{len(train)} images for training, {len(held_out)} held out", flush=True)
 
-    model = Lite(args.features)
+    model = Lite(args.features, args.canvas)
     if args.init is not None:
         load_weights(model, args.init, args.init_prompts)
     model.frozen_statistics = args.frozen_statistics
+    if args.prompts_only:
+        model.train_prompts_only()
     model = model.to(memory_format=torch.channels_last)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    no_decay = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.ndim > 1]
+    no_decay = [p for p in trained if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr
     )
-    train_crops, val_crops = Crops(train, args.epoch_length, True), Crops(held_out, 12, False)
+    train_crops = Crops(train, args.epoch_length, True, args.canvas)
+    val_crops = Crops(held_out, 12, False, args.canvas)
     workers = {"batch_size": None, "num_workers": args.workers, "persistent_workers": args.workers > 0}
     loader = torch.utils.data.DataLoader(train_crops, sampler=FromIteration(args.epoch_length), **workers)
     val_loader = torch.utils.data.DataLoader(val_crops, **workers)

@@ -152,6 +152,8 @@ def measure_training(n_iterations=6):
         return any(isinstance(step, TrainingStep) and step.done for _, step in steps)
 
     def measure(name, start, until=lambda: not widget.runner.busy):
+        # What was before is on the screen when a person presses the next button.
+        _pump(lambda end=time.monotonic() + 0.3: time.monotonic() > end)
         begin = time.monotonic()
         with Watchdog() as watchdog:
             start()

@@ -4,14 +4,17 @@ The form becomes a `FinetuneJob`, which checks and does everything; the finetune
 models. Importing this loads no torch.
 """
 
+import gc
 import queue
 import re
 import threading
 import time
+import traceback
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..core.allocator import reusing_memory
 from ..core.errors import InvalidInputError
 from ..core.inputs import has_pattern
 from ..core.progress import Cancelled, Step, Steps
@@ -283,9 +286,13 @@ def finetune_steps(job: "FinetuneJob") -> Steps["FinetuneResult"]:
 
     def work() -> None:
         try:
-            outcome["result"] = watched.run(say=watch.said.append, verbose=False)
-        except BaseException as error:  # it is raised again where the steps are asked for
-            outcome["error"] = error
+            with reusing_memory():  # handed back at the end, when nothing of the training is left
+                try:
+                    outcome["result"] = watched.run(say=watch.said.append, verbose=False)
+                except BaseException as error:  # it is raised again where the steps are asked for
+                    outcome["error"] = error
+                    _forget_frames(error)
+                gc.collect()  # trainers and loaders know themselves
         finally:
             watch.events.put(None)
 
@@ -310,6 +317,13 @@ def finetune_steps(job: "FinetuneJob") -> Steps["FinetuneResult"]:
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Empty the frames that an error and its reasons come from: they hold network, optimizer and batches."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _watched(job: "FinetuneJob", watch: _Watch) -> "FinetuneJob":
