@@ -9,13 +9,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from train_vit_t_lite import CANVAS
 
 HERE = Path(__file__).parent
 POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 
-def convert(state: dict[str, torch.Tensor]) -> dict:
+def convert(state: dict[str, torch.Tensor], canvas: int) -> dict:
     """Convert the weights of the training into a checkpoint with a complete SAM and a decoder."""
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -37,7 +36,7 @@ def convert(state: dict[str, torch.Tensor]) -> dict:
             "initial_features": decoder_state["out_conv.weight"].shape[1], "normalization": "running",
         },
         "settings": {
-            "name": "vit_t_lite", "model_type": "vit_t", "image_size": CANVAS, "scale_positions": True,
+            "name": "vit_t_lite", "model_type": "vit_t", "image_size": canvas, "scale_positions": True,
             "trained_parts": ["image_encoder", "prompt_encoder", "mask_decoder", "decoder"],
         },
     }
@@ -47,10 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoints/checkpoints/vit_t_lite/best.pt")
     parser.add_argument("--output", type=Path, default=HERE.parent / "micro_sam/models/weights/vit_t_lite.pt")
+    parser.add_argument("--canvas", type=int, default=1024, help="the one of the training")
     args = parser.parse_args()
 
     saved = torch.load(args.checkpoint, map_location="cpu", weights_only=False)  # our own file of the training run
-    checkpoint = convert(saved["average_state"])
+    checkpoint = convert(saved["average_state"], args.canvas)
     checkpoint["settings"]["iterations"] = saved["iteration"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, args.output)
