@@ -153,7 +153,8 @@ def measure_training(n_iterations=6):
 
     def measure(name, start, until=lambda: not widget.runner.busy):
         # What was before is on the screen when a person presses the next button.
-        _pump(lambda end=time.monotonic() + 0.3: time.monotonic() > end)
+        seen = time.monotonic()
+        _pump(lambda: time.monotonic() > seen + 0.3)
         begin = time.monotonic()
         with Watchdog() as watchdog:
             start()

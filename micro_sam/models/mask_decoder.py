@@ -23,6 +23,7 @@ from segment_anything.modeling.mask_decoder import MaskDecoder
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 
+from ..core.allocator import reusing_memory
 from ..core.errors import InvalidInputError, NotInitializedError
 
 MAX_TOKENS = 16  # beyond it, folding the tokens into the weights costs more than it saves
@@ -187,6 +188,7 @@ def _positional_encoding(encoder: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
+@reusing_memory()
 def predict_low_res(
     predictor: SamPredictor,
     points: Tensor | None = None,
