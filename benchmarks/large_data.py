@@ -83,13 +83,15 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={},
                         help="JSON with more arguments of segment_blockwise or precompute_image_embeddings")
     args = parser.parse_args()
+    if args.workers and args.mode == "embeddings":
+        parser.error("--workers is for segmentation; leave it out to compute embeddings in this process.")
 
     lazy, phases = mosaic(imageio.imread(args.image), tuple(args.shape)), Phases()
     start = time.perf_counter()
-    n = {"embeddings": encode, "ais": segment, "apg": segment, "amg": segment}[args.mode](args, lazy, phases)
+    found = {"embeddings": encode, "ais": segment, "apg": segment, "amg": segment}[args.mode](args, lazy, phases)
     phases.end()
     print(json.dumps({
-        "shape": args.shape, "mode": args.mode, "workers": args.workers, **n,
+        "shape": args.shape, "mode": args.mode, "workers": args.workers, **found,
         "seconds": round(time.perf_counter() - start, 1), "phases": phases.seconds,
         "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }))

@@ -306,7 +306,7 @@ class LiteTrainer(DefaultTrainer):
             loss = self.decoder_loss(maps[known].float(), y[known, 1:]) if known.any() else maps.sum() * 0
         parts = [float(loss.detach())]
         self.parts.append(parts)
-        if self.model.training and rng.random() > self.prompt_share:
+        if self.model.training and rng.random() > self.prompt_share and not self.model.prompts_only:
             return maps, loss
         n_sub_iteration = int(rng.integers(2, 6)) if self.model.training else 8
         # Single masks and several masks are learnt in one pass over the images, as both start from the same crops.

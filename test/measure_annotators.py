@@ -152,9 +152,6 @@ def measure_training(n_iterations=6):
         return any(isinstance(step, TrainingStep) and step.done for _, step in steps)
 
     def measure(name, start, until=lambda: not widget.runner.busy):
-        # What was before is on the screen when a person presses the next button.
-        seen = time.monotonic()
-        _pump(lambda: time.monotonic() > seen + 0.3)
         begin = time.monotonic()
         with Watchdog() as watchdog:
             start()
