@@ -1,5 +1,6 @@
 """Embeddings on disk: layout, resume, mismatches, damage, formats, locks and automatic caches."""
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ from embedding_helpers import example, one_thread, small_predictor  # noqa: F401
 
 from micro_sam._version import __version__
 from micro_sam.core.errors import EmbeddingCacheError, EmbeddingMismatchError, InvalidInputError, OutputWriteError
-from micro_sam.embeddings import cache
+from micro_sam.embeddings import cache, store
 from micro_sam.embeddings.encode import embedding_steps, load_embeddings, precompute_image_embeddings
 from micro_sam.embeddings.lock import locked
 from micro_sam.embeddings.signature import DataSignature, compute_data_signature, compute_legacy_data_signature
@@ -167,18 +168,24 @@ class Interrupted(RuntimeError):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Let the n-th write to any zarr store fail; with `torn`, after leaving half of it under a temporary name."""
-    original, state = zarr.storage.LocalStore.set, {"left": None}
+    """Let the n-th write to any zarr store fail, after leaving half of it under a temporary name."""
+    original, state = zarr.storage.LocalStore.set, {"left": None, "under_way": 0}
 
     async def wrapper(self, key, value):
         if state["left"] is not None:
             state["left"] -= 1
             if state["left"] < 0:
+                while state["under_way"]:  # zarr does not wait for those that it started together with this one
+                    await asyncio.sleep(0.001)
                 target = self.root / key
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.with_suffix(".0.partial").write_bytes(b"torn")
                 raise Interrupted
-        await original(self, key, value)
+        state["under_way"] += 1
+        try:
+            await original(self, key, value)
+        finally:
+            state["under_way"] -= 1
 
     monkeypatch.setattr(zarr.storage.LocalStore, "set", wrapper)
     return lambda n: state.update(left=n)
@@ -211,6 +218,18 @@ def test_resume_after_an_interruption_at_each_write(
         assert not [name for name in files(path) if ".micro_sam" in name or "partial" in name]
         shutil.rmtree(path)
     assert n > total  # each chunk and the metadata were interrupted once
+
+
+def test_a_write_of_a_failed_attempt_may_land_late(predictor, path, monkeypatch):
+    image, remove = example((50, 70)), store.remove_cache
+
+    def remove_before_it_lands(folder):
+        remove(folder)
+        (folder / ".zgroup").write_text('{"zarr_format": 2}')
+
+    monkeypatch.setattr(store, "remove_cache", remove_before_it_lands)
+    result = compute(predictor, image, path, zarr_format=2)
+    assert_same(load_embeddings(path), result)
 
 
 @pytest.mark.parametrize("layout", ["3d", "tiled_2d", "tiled_3d"])

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.errors import ContainsGroupError
 
 from ..core.errors import EmbeddingCacheError, OutputWriteError
 from .features import ImageEmbeddings, read_error
@@ -287,7 +288,14 @@ class StoreSink:
         remove_cache(self.path)
         attrs = {**signature.to_attributes(), "dtype": self._dtype, "micro_sam_format": FORMAT_VERSION}
         attrs["complete"] = False
-        return zarr.create_group(self.path, zarr_format=zarr_format, attributes=attrs, overwrite=False)
+        try:
+            return zarr.create_group(self.path, zarr_format=zarr_format, attributes=attrs, overwrite=False)
+        except ContainsGroupError:
+            # zarr writes the two files of a group of format 2 at once. If one fails, it does not wait for the other,
+            # which may then land here: the folder is locked and was empty, so nothing else can have come into it.
+            root = zarr.open_group(self.path, mode="r+", zarr_format=zarr_format, use_consolidated=False)
+            root.attrs.put(attrs)
+            return root
 
     def _open_arrays(self) -> dict[int | None, zarr.Array]:
         plan = self._plan
