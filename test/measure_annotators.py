@@ -174,6 +174,14 @@ def measure_training(n_iterations=6):
             widget.runner.wait()
         print(f"cancel {delay} s after an iteration: {time.monotonic() - start:.2f} s, {_block(watchdog)}; "
               f"{widget.notices.history[-1].text}", flush=True)
+    fields.n_iterations.setValue(n_iterations)
+    fields.existing_choice = "overwrite"
+    widget.start.click()
+    _pump(lambda: not widget.runner.busy)
+    end = time.monotonic() + 2
+    with Watchdog() as watchdog:
+        _pump(lambda: time.monotonic() > end)
+    print(f"two seconds after the result of a finetuning, with its notification: {_block(watchdog)}", flush=True)
     viewer.close()
 
 

@@ -42,6 +42,16 @@ def wait(widget, seconds=300):
 
 
 @pytest.fixture
+def announced(monkeypatch):
+    """The texts of the notifications of napari."""
+    from micro_sam.sam_annotator import training_ui
+
+    texts = []
+    monkeypatch.setattr(training_ui, "notify", lambda level, text: texts.append(text))
+    return texts
+
+
+@pytest.fixture
 def widget(viewer, tmp_path, monkeypatch, tiny_checkpoint):
     """The panel, filled in for a short training with prompts only."""
     from micro_sam.sam_annotator.training_ui import TrainingWidget
@@ -160,7 +170,7 @@ def test_the_button_to_press_next_is_coloured(widget):
     assert coloured() == ["Start Training"]
 
 
-def test_from_data_to_a_model_in_the_menus(viewer, widget, tmp_path):
+def test_from_data_to_a_model_in_the_menus(viewer, widget, announced, tmp_path):
     from micro_sam.models.registry import find_spec
     from micro_sam.sam_annotator.model_panel import EmbeddingPanel
 
@@ -183,8 +193,11 @@ def test_from_data_to_a_model_in_the_menus(viewer, widget, tmp_path):
     assert panel.family.findText("My models") >= 0
     panel.set_model("mine")
     assert panel.values().model == "mine"
-    settle()
+    settle(1.5)
+    assert widget.fields.isEnabled()
     assert widget.result.picture.isVisibleTo(widget)
+    assert len(announced) == 1
+    assert "The model is 'mine' in the menus" in announced[0]
     shot(viewer, "training_done")
 
     widget.start.click()
@@ -193,7 +206,7 @@ def test_from_data_to_a_model_in_the_menus(viewer, widget, tmp_path):
     assert widget.fields.existing.styleSheet()
 
 
-def test_cancel_and_go_on(viewer, widget, tmp_path):
+def test_cancel_and_go_on(viewer, widget, announced, tmp_path):
     import torch
 
     from micro_sam.models.checkpoints import read_checkpoint
@@ -228,3 +241,8 @@ def test_cancel_and_go_on(viewer, widget, tmp_path):
     wait(widget, 500)
     assert torch.load(latest, weights_only=True)["iteration"] == n + 1
     assert "before" in widget.result.text.text()
+    widget.start.click()
+    assert not widget.start.isEnabled()
+    wait(widget, 500)
+    settle(1.5)
+    assert announced == [], "who goes on at once has seen the result"

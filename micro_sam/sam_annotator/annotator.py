@@ -94,10 +94,7 @@ class Annotator(QWidget):
         self._more_actions: dict[str, Callable[[], None]] = {}
         self._build()
         self.runner.failed.connect(lambda job, error: self.report(error))
-        self._live_timer = QTimer(self)
-        self._live_timer.setSingleShot(True)
-        self._live_timer.setInterval(LIVE_DELAY_MS)
-        self._live_timer.timeout.connect(self._follow_prompt)
+        self._live_timer = forms.delayed(self, LIVE_DELAY_MS, self._follow_prompt)
         _ACTIVE.append(self)
         # A window that is closed deletes its docks without closing them.
         self.destroyed.connect(partial(_release, self._kept, weakref.ref(self)))

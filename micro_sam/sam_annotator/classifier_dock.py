@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QSizePolicy, QVBoxLayout, QWidget
 
 from ..annotation.classifier import ClassifierSession
@@ -15,7 +14,7 @@ from ..annotation.model_choice import EmbeddingRequest
 from ..annotation.task import Task
 from ..core.errors import MicroSamError, UnsafeCheckpointError
 from .class_list import ClassList, class_colormap
-from .form import SPACING, add_row, button, choice, group, hint, set_options
+from .form import SPACING, add_row, button, choice, delayed, group, hint, set_options
 from .jobs import JobRunner
 from .layer_events import follow_layers
 from .model_panel import EmbeddingPanel
@@ -63,13 +62,8 @@ class ObjectClassifier(QWidget):
         for signal in (self.runner.started, self.runner.finished, self.runner.failed, self.runner.cancelled):
             signal.connect(self._show_busy)
         self._build()
-        self._count_timer = QTimer(self)
-        self._count_timer.setSingleShot(True)
-        self._count_timer.setInterval(_COUNT_AFTER_MS)
-        self._count_timer.timeout.connect(self._recount)
-        self._restore_timer = QTimer(self)
-        self._restore_timer.setSingleShot(True)
-        self._restore_timer.timeout.connect(self._restore)
+        self._count_timer = delayed(self, _COUNT_AFTER_MS, self._recount)
+        self._restore_timer = delayed(self, 0, self._restore)
         self.session.events.classes.connect(self._show_classes)
         self.session.events.prediction.connect(self._show_prediction)
         self.session.events.embeddings.connect(self._show_state)

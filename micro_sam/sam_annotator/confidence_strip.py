@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from qtpy.QtCore import QPointF, QRectF, Qt, QTimer, Signal
+from qtpy.QtCore import QPointF, QRectF, Qt, Signal
 from qtpy.QtGui import QColor, QPainter, QPen, QPolygonF
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QSizePolicy, QVBoxLayout, QWidget
 
@@ -151,9 +151,7 @@ class ConfidenceView(QWidget):
         layout.addLayout(row)
         layout.addWidget(self.strip)
         self._seen: set[int] = set()
-        self._timer = QTimer(self)
-        self._timer.setSingleShot(True)
-        self._timer.timeout.connect(self.refresh)
+        self._timer = forms.delayed(self, 0, self.refresh)
         steps = annotator.viewer.dims.events.current_step
         steps.connect(self._moved)
         self.destroyed.connect(lambda *_, slot=self._moved: steps.disconnect(slot))
@@ -203,7 +201,7 @@ class ConfidenceView(QWidget):
         return session.track_id if session.mode == "tracking" else None
 
     def _refresh_later(self, *_: Any) -> None:
-        self._timer.start(0)
+        self._timer.start()
 
     def _moved(self, *_: Any) -> None:
         if self.annotator.views is None or self.isHidden():

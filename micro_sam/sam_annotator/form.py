@@ -1,11 +1,11 @@
 """Parts of forms that look and behave alike in all panels."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qtpy.QtCore import QEvent, QObject, QSignalBlocker, Qt, Signal
+from qtpy.QtCore import QEvent, QObject, QSignalBlocker, Qt, QTimer, Signal
 from qtpy.QtGui import QIcon
 from qtpy.QtWidgets import (
     QComboBox,
@@ -27,6 +27,15 @@ SPACING = 6
 QUIET = "#80868f"  # can be read on light and dark
 ACCENT = "#2f6fde"
 _SPIN_WIDTH = 62
+
+
+def delayed(owner: QObject, milliseconds: int, do: Callable[[], Any]) -> QTimer:
+    """A timer that does something once, some time after its last start, unless its owner has ended before."""
+    timer = QTimer(owner)
+    timer.setSingleShot(True)
+    timer.setInterval(milliseconds)
+    timer.timeout.connect(do)
+    return timer
 
 
 class _WheelGuard(QObject):

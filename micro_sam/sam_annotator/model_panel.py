@@ -30,6 +30,7 @@ from .form import (
     button,
     choice,
     collapsible,
+    delayed,
     form,
     hint,
     readable_size,
@@ -100,10 +101,7 @@ class EmbeddingPanel(QWidget):
         self._show_image = show_image
         self._entries: list[ModelEntry] = []
         self._busy = False
-        self._check_timer = QTimer(self)
-        self._check_timer.setSingleShot(True)
-        self._check_timer.setInterval(_CHECK_AFTER_MS)
-        self._check_timer.timeout.connect(self._show_problems)
+        self._check_timer = delayed(self, _CHECK_AFTER_MS, self._show_problems)
         self._build()
         self._connect()
         self.refresh_models()

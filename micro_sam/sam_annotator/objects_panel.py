@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from qtpy.QtCore import QAbstractTableModel, QModelIndex, QSortFilterProxyModel, Qt, QTimer
+from qtpy.QtCore import QAbstractTableModel, QModelIndex, QSortFilterProxyModel, Qt
 from qtpy.QtWidgets import QAbstractItemView, QFileDialog, QGridLayout, QTableView
 
 from ..annotation import review
@@ -96,10 +96,7 @@ class ObjectsPanel(Panel):
         self._seen: set[int] = set()
         self._busy = False
         self._watched: Any = None
-        self._timer = QTimer(self)
-        self._timer.setSingleShot(True)
-        self._timer.setInterval(REFRESH_MS)
-        self._timer.timeout.connect(self.refresh)
+        self._timer = forms.delayed(self, REFRESH_MS, self.refresh)
 
     @property
     def selected(self) -> list[int]:

@@ -1,10 +1,9 @@
 """Shows what a `JobRunner` is doing, with the time left and a button to cancel."""
 
-from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QProgressBar, QSizePolicy, QVBoxLayout, QWidget
 
 from ..core.progress import Step
-from .form import SPACING, button, quiet
+from .form import SPACING, button, delayed, quiet
 from .jobs import Job, JobRunner
 
 SHOW_AFTER_MS = 250  # shorter work shows nothing, so that the panels do not jump at each click
@@ -95,10 +94,7 @@ class ProgressView(QWidget):
         layout.setSpacing(SPACING)
         layout.addWidget(self.foreground)
         layout.addWidget(self.background)
-        self._delay = QTimer(self)
-        self._delay.setSingleShot(True)
-        self._delay.setInterval(SHOW_AFTER_MS)
-        self._delay.timeout.connect(self._refresh)
+        self._delay = delayed(self, SHOW_AFTER_MS, self._refresh)
         runner.started.connect(self._on_start)
         runner.progressed.connect(self._on_progress)
         for signal in (runner.finished, runner.failed, runner.cancelled):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qtpy.QtCore import QSignalBlocker, Qt, QTimer
+from qtpy.QtCore import QSignalBlocker, Qt
 from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import (
     QAbstractItemView,
@@ -59,10 +59,7 @@ class TracksPanel(Panel):
         self.body.addWidget(self.tree)
         self.body.addLayout(self._buttons())
         self._watched: Any = None
-        self._timer = QTimer(self)
-        self._timer.setSingleShot(True)
-        self._timer.setInterval(REFRESH_MS)
-        self._timer.timeout.connect(self.refresh)
+        self._timer = forms.delayed(self, REFRESH_MS, self.refresh)
         self.tree.hide()
 
     def _buttons(self) -> QGridLayout:

@@ -5,8 +5,8 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtpy.QtCore import Qt, QTimer, QUrl
-from qtpy.QtGui import QDesktopServices, QPixmap
+from qtpy.QtCore import Qt, QUrl
+from qtpy.QtGui import QDesktopServices, QImage, QPixmap
 from qtpy.QtWidgets import QLabel, QSizePolicy, QVBoxLayout, QWidget
 
 from .notices import COLOURS
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _VERDICTS = {"better": ("success", "Better than before"), "same": ("info", "Like before"),
              "worse": ("error", "Worse than before")}
 _MAX_MESSAGES = 8
-_LOAD_AFTER_MS = 30  # less than what the panel waits before it scrolls to the result
 
 
 def _coloured(level: str, text: str) -> str:
@@ -89,28 +88,15 @@ class Picture(QLabel):
         super().__init__()
         self.path: Path | None = None
         self._pixmap, self._fitted = QPixmap(), 0
-        self._load_timer = QTimer(self)  # a child, so that it ends with this widget
-        self._load_timer.setSingleShot(True)
-        self._load_timer.setInterval(_LOAD_AFTER_MS)
-        self._load_timer.timeout.connect(self._load)
         self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
         self.setCursor(Qt.CursorShape.PointingHandCursor)
         self.setToolTip("Click to open the picture in full size")
         self.hide()
 
-    def show_file(self, path: Path | None) -> None:
-        """Show a file; None or one that is not there hides the picture.
-
-        It is read a moment later, when what else has changed is on the screen: all at once would be felt as a stop.
-        """
-        self.path, self._pixmap = path, QPixmap()
-        self.hide()
-        if path is not None:
-            self._load_timer.start()
-
-    def _load(self) -> None:
-        self._pixmap, self._fitted = QPixmap() if self.path is None else QPixmap(str(self.path)), 0
-        self.setVisible(not self._pixmap.isNull())
+    def show_image(self, image: QImage, path: Path | None) -> None:
+        """Show an image that was read from a file; an empty one hides the picture."""
+        self.path, self._pixmap, self._fitted = path, QPixmap.fromImage(image), 0
+        self.setVisible(not image.isNull())
         self._fit()
 
     def _fit(self) -> None:
@@ -140,12 +126,12 @@ class ResultBox(QWidget):
         for widget in (self.text, self.picture, self.note):
             layout.addWidget(widget)
 
-    def show_outcome(self, report: dict[str, Any], picture: Path, note: str) -> None:
+    def show_outcome(self, report: dict[str, Any], image: QImage, path: Path, note: str) -> None:
         self.text.show_html(outcome_html(report))
-        self.picture.show_file(picture)
+        self.picture.show_image(image, path)
         self.note.show_html(html.escape(note))
 
     def clear(self) -> None:
         self.text.show_html("")
         self.note.show_html("")
-        self.picture.show_file(None)
+        self.picture.show_image(QImage(), None)

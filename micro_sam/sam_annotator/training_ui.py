@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtpy.QtCore import QTimer
+from qtpy.QtGui import QImage
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QSizePolicy, QVBoxLayout, QWidget
 
 from ..annotation.task import Task
@@ -21,11 +22,11 @@ from ..training.plan import (
     plan_training,
     register_result,
 )
-from .form import accent, button
+from .form import accent, button, delayed
 from .jobs import Job, JobRunner
 from .loss_plot import LossPlot
 from .model_panel import EmbeddingPanel
-from .notices import COLOURS, NoticeLine
+from .notices import COLOURS, NoticeLine, notify
 from .progress_view import ProgressView, readable_time
 from .scroll_column import ScrollColumn
 from .torch_loading import load_module, load_torch
@@ -33,9 +34,12 @@ from .training_form import TrainingFields
 from .training_results import ResultBox, RichText, report_html
 
 if TYPE_CHECKING:
-    from ..training.job import FinetuneResult
+    from ..training.job import FinetuneJob, FinetuneResult
 
-_SCROLL_AFTER_MS = 50
+# A result and a press change much in the window. What can wait for a moment does, so that all is drawn in short turns.
+_DISABLE_AFTER_MS, _SCROLL_AFTER_MS, _CHECK_AFTER_SECONDS = 30, 60, 0.15
+# The notification of napari is for those who look elsewhere, not for those who go on in the panel before this time.
+_ANNOUNCE_AFTER_MS = 1000
 # A window that is drawn for the first time loads libraries, too, and would wait until those of torch are loaded.
 _LOAD_AFTER_SECONDS = 1.0
 # What checking the data and training need, in the order in which they need each other.
@@ -57,10 +61,10 @@ class TrainingWidget(QWidget):
         self._checked: tuple[TrainingForm, CheckedJob] | None = None
         self._training: CheckedJob | None = None
         self._scroll_target: QWidget | None = None
-        self._scroll_timer = QTimer(self)  # a child, so that it ends with this widget
-        self._scroll_timer.setSingleShot(True)
-        self._scroll_timer.setInterval(_SCROLL_AFTER_MS)
-        self._scroll_timer.timeout.connect(lambda: self.column.ensureWidgetVisible(self._scroll_target, 0, 20))
+        self._announcement: tuple[str, str] | None = None
+        self._scroll_timer = delayed(self, _SCROLL_AFTER_MS, self._scroll)
+        self._announce_timer = delayed(self, _ANNOUNCE_AFTER_MS, lambda: notify(*self._announcement))
+        self._busy_timer = delayed(self, _DISABLE_AFTER_MS, lambda: self.fields.setEnabled(not self._is_busy))
         self._build()
         self.runner.progressed.connect(self._show_step)
         self.runner.failed.connect(self._failed)
@@ -150,6 +154,7 @@ class TrainingWidget(QWidget):
 
     def _check(self, then: Callable[[CheckedJob], None]) -> None:
         form = self.fields.values()
+        self._announce_timer.stop()
         self._forget_problems()
         problems = check_form(form)
         if problems:
@@ -167,7 +172,11 @@ class TrainingWidget(QWidget):
             else:
                 self.notices.show_notice("error", "The data have problems, see the report.")
 
-        task = Task("Check data", lambda: check_steps(form), lambda checked: checked, uses_model=False)
+        def steps() -> Steps[CheckedJob]:
+            time.sleep(_CHECK_AFTER_SECONDS)
+            return (yield from check_steps(form))
+
+        task = Task("Check data", steps, lambda checked: checked, uses_model=False)
         self.runner.start(task, key="train", on_done=done)
 
     def _train(self, checked: CheckedJob) -> None:
@@ -180,11 +189,16 @@ class TrainingWidget(QWidget):
         self.plot.hide()
         self.result.clear()
         self.status.show_html("")
-        task = Task("Finetune", lambda: finetune_steps(checked.job), lambda result: result, uses_model=False)
-        self.runner.start(task, key="train", on_done=lambda result: self._trained(checked, result))
+        picture = checked.job.folder / "outcome.png"
 
-    def _trained(self, checked: CheckedJob, result: Any) -> None:
-        job = checked.job
+        def steps() -> Steps[tuple["FinetuneResult", QImage]]:
+            result = yield from finetune_steps(checked.job)
+            return result, QImage(str(picture))  # read here, as the window would wait for it
+
+        task = Task("Finetune", steps, lambda found: found, uses_model=False)
+        self.runner.start(task, key="train", on_done=lambda found: self._trained(checked.job, picture, *found))
+
+    def _trained(self, job: "FinetuneJob", picture: Path, result: "FinetuneResult", image: QImage) -> None:
         self.status.show_html("")
         try:
             spec, note = register_result(job, result), ""
@@ -198,11 +212,13 @@ class TrainingWidget(QWidget):
                 f"It became worse, so it is not in the menus; it is kept in {result.checkpoint}. Check the labels, or "
                 "train longer. To use it anyway, choose so in the advanced settings, and go on with this training."
             )
-        self.result.show_outcome(result.report, job.folder / "outcome.png", note)
+        self.result.show_outcome(result.report, image, picture, note)
         self._scroll_to(self.result)
         self.fields.existing_choice = "refuse"
         level = {"better": "success", "same": "info", "worse": "warning"}[result.report["verdict"]]
-        self.notices.show_notice(level, f"Finetuning is done. {note}", result.report["text"], important=True)
+        notice = self.notices.show_notice(level, f"Finetuning is done. {note}", result.report["text"])
+        self._announcement = notice.level, notice.text
+        self._announce_timer.start()
 
     def _refresh_menus(self) -> None:
         """Menus of models in this window offer the finetuned one."""
@@ -254,10 +270,17 @@ class TrainingWidget(QWidget):
         self._scroll_target = widget
         self._scroll_timer.start()
 
+    def _scroll(self) -> None:
+        self.column.ensureWidgetVisible(self._scroll_target, 0, 20)
+
+    @property
+    def _is_busy(self) -> bool:
+        return any(job.key == "train" for job in self.runner.jobs)
+
     def _show_busy(self, *_: Any) -> None:
-        busy = any(job.key == "train" for job in self.runner.jobs)
-        for widget in (self.fields, self.check, self.start):
-            widget.setEnabled(not busy)
+        for widget in (self.check, self.start):
+            widget.setEnabled(not self._is_busy)
+        self._busy_timer.start()
 
     def _show_next(self) -> None:
         """Colour the button to press next: that of the training once the data, as they are entered, were found fine."""
