@@ -290,20 +290,22 @@ def test_gradient_accumulation_and_clipping(tmp_path):
     torch.testing.assert_close(clipped, one * 0.01 / one.norm(), rtol=1e-3, atol=1e-7)
 
 
-def test_checkpointed_encoder_gives_the_same_training(tmp_path):
+def test_checkpointed_networks_give_the_same_training(tmp_path):
     states = []
     for checkpoint_encoder in (False, True):
-        model = trainable_model(EVERYTHING)
-        forward_calls = []
-        block = model.sam.image_encoder.layers[1].blocks[0].mlp
-        block.register_forward_pre_hook(lambda *_, calls=forward_calls: calls.append(torch.is_grad_enabled()))
         trainer = make_trainer(
-            tmp_path, model=model, n_images=2, checkpoint_encoder=checkpoint_encoder, optimizer=torch.optim.SGD
+            tmp_path, model=trainable_model(EVERYTHING), joint=True, n_images=2, checkpoint_encoder=checkpoint_encoder,
+            optimizer=torch.optim.SGD,
         )
+        unetr, forward_calls = trainer.unetr, []
+        blocks = [unetr.encoder.layers[1].blocks[0], unetr.deconv1, unetr.decoder.blocks[0], unetr.decoder_head]
+        for block in blocks:
+            part = next(m for m in block.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)))
+            part.register_forward_pre_hook(lambda *_, calls=forward_calls: calls.append(torch.is_grad_enabled()))
         trainer.fit(epochs=1, verbose=False)
-        assert forward_calls.count(True) == 1 + checkpoint_encoder
-        assert "forward" not in vars(model.sam.image_encoder.layers[1].blocks[0])
-        states.append(model.state_dict())
+        assert forward_calls.count(True) == len(blocks) * (1 + checkpoint_encoder)
+        assert not any("forward" in vars(block) for block in blocks)
+        states.append({**trainer.model.state_dict(), **unetr.state_dict()})
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5, msg=name)
 

@@ -1,7 +1,7 @@
-"""Less memory for training the image encoder, for more time.
+"""Less memory for training, for more time.
 
-The activations inside of each block are computed again in the backward pass instead of being kept (Chen et al. 2016,
-arXiv:1604.06174).
+The activations inside of each block of the networks are computed again in the backward pass instead of being kept
+(Chen et al. 2016, arXiv:1604.06174).
 """
 
 import contextlib
@@ -18,6 +18,12 @@ def _blocks(encoder: nn.Module) -> list[nn.Module]:
     """The blocks of an image encoder: of a ViT, or of each stage of a TinyViT."""
     stages = [encoder] if hasattr(encoder, "blocks") else list(getattr(encoder, "layers", ()))
     return [block for stage in stages for block in getattr(stage, "blocks", ())]
+
+
+def _decoder_blocks(unetr: nn.Module) -> list[nn.Module]:
+    """The blocks of a UNETR's decoder: at the finest level their maps are the largest of the whole training."""
+    names = ("deconv1", "deconv2", "deconv3", "deconv4", "decoder_head")
+    return [*unetr.decoder.blocks, *(getattr(unetr, name) for name in names)]
 
 
 @contextlib.contextmanager
@@ -37,8 +43,12 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def checkpointed(encoder: nn.Module) -> Iterator[None]:
-    """Keep only the inputs of the encoder's blocks in forward passes with gradients.
+def checkpointed(encoder: nn.Module, unetr: nn.Module | None = None) -> Iterator[None]:
+    """Keep only the inputs of blocks in forward passes with gradients.
+
+    Args:
+        encoder: The image encoder.
+        unetr: The network with the segmentation decoder, if there is one.
 
     Raises:
         InvalidInputError: If the encoder has no blocks that are known.
@@ -48,6 +58,8 @@ def checkpointed(encoder: nn.Module) -> Iterator[None]:
         raise InvalidInputError(
             f"checkpoint_encoder needs an encoder made of blocks, but {type(encoder).__name__} has none. Leave it out."
         )
+    if unetr is not None:
+        blocks += _decoder_blocks(unetr)
     originals = [block.forward for block in blocks]
 
     def saving(block, forward):

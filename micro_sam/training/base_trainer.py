@@ -56,8 +56,8 @@ class BaseTrainer(EpochLoop, DefaultTrainer):
         seed: Seed of all random numbers. None draws one, which is recorded in the checkpoints.
         gradient_accumulation_steps: Number of batches for one step of the optimizer.
         gradient_clipping: Largest norm of the gradients, or None.
-        checkpoint_encoder: Whether to compute the encoder's activations again in the backward pass instead of keeping
-            them: less memory for more time.
+        checkpoint_encoder: Whether to compute the activations of encoder and segmentation decoder again in the
+            backward pass instead of keeping them: less memory for more time.
         settings: What checkpoints say about the model, beside architecture, image size and version: plain values, such
             as the normalization of images, parameter-efficient layers, and the training data.
         decoder_settings: What checkpoints say about the segmentation decoder, beside its number of features:
@@ -308,7 +308,7 @@ class BaseTrainer(EpochLoop, DefaultTrainer):
             if self.device.type == "cpu":
                 stack.enter_context(reusing_memory())
             if self.checkpoint_encoder:
-                stack.enter_context(checkpointed(self._encoder()))
+                stack.enter_context(checkpointed(self._encoder(), self._decoder()))
             yield from self._run()
 
     def _is_complete(self) -> bool:

@@ -129,7 +129,7 @@ def train_sam(
         mixed_precision: Whether to compute in half precision, where the device gains from it.
         gradient_accumulation_steps: Batches per step of the optimizer.
         gradient_clipping: Largest norm of the gradients; None does not limit them.
-        checkpoint_encoder: Whether to compute parts of the encoder twice, to need less memory.
+        checkpoint_encoder: Whether to compute encoder and segmentation decoder twice, to need less memory.
         two_steps: Whether to make a step of the optimizer for each of the two losses, with an encoding for each, as
             versions 1 did, instead of one for their sum.
         save_every_n_iterations: Write `latest.pt` also after so many iterations; it is always written after an epoch
