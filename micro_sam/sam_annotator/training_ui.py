@@ -71,6 +71,7 @@ class TrainingWidget(QWidget):
         self.runner.cancelled.connect(self._cancelled)
         for signal in (self.runner.started, self.runner.finished, self.runner.failed, self.runner.cancelled):
             signal.connect(self._show_busy)
+        self.runner.started.connect(lambda *_: self._announce_timer.stop())
         self.fields.device.currentIndexChanged.connect(self.find_configuration)
         self._show_next()
         self.find_configuration()
@@ -154,7 +155,6 @@ class TrainingWidget(QWidget):
 
     def _check(self, then: Callable[[CheckedJob], None]) -> None:
         form = self.fields.values()
-        self._announce_timer.stop()
         self._forget_problems()
         problems = check_form(form)
         if problems:

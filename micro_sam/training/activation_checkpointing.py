@@ -21,9 +21,10 @@ def _blocks(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _decoder_blocks(unetr: nn.Module) -> list[nn.Module]:
-    """The blocks of a UNETR's decoder: at the finest level their maps are the largest of the whole training."""
+    """The blocks of a decoder, as far as known: at the finest level their maps are the largest of all."""
+    children = dict(unetr.named_children())
     names = ("deconv1", "deconv2", "deconv3", "deconv4", "decoder_head")
-    return [*unetr.decoder.blocks, *(getattr(unetr, name) for name in names)]
+    return [*getattr(children.get("decoder"), "blocks", ()), *(children[name] for name in names if name in children)]
 
 
 @contextlib.contextmanager
