@@ -278,8 +278,9 @@ class TrainingWidget(QWidget):
         return any(job.key == "train" for job in self.runner.jobs)
 
     def _show_busy(self, *_: Any) -> None:
+        busy = self._is_busy
         for widget in (self.check, self.start):
-            widget.setEnabled(not self._is_busy)
+            widget.setEnabled(not busy)
         self._busy_timer.start()
 
     def _show_next(self) -> None:
