@@ -27,8 +27,8 @@ from torch_em.transform.label import PerObjectDistanceTransform
 
 from micro_sam.models.build_sam import build_sam
 from micro_sam.models.decoder import get_unetr
+from micro_sam.models.precision import gains_from_half_precision
 from micro_sam.prompt_generators import IterativePromptGenerator
-from micro_sam.training.base_trainer import can_mix_precision
 from micro_sam.training.convert import ConvertToSamInputs
 from micro_sam.training.interactive import ONE_BOX, ONE_POINT, interactive_losses, prompt_batch
 from micro_sam.training.losses import DecoderLoss
@@ -435,7 +435,7 @@ def main() -> None:
         name=args.name, train_loader=loader, val_loader=val_loader, model=model, loss=DecoderLoss(),
         optimizer=optimizer, metric=DecoderLoss(), device=args.device,
         lr_scheduler=Cosine(optimizer, args.iterations), logger=None,
-        mixed_precision=can_mix_precision(torch.device(args.device)), mixed_precision_dtype="bfloat16",
+        mixed_precision=gains_from_half_precision(args.device), mixed_precision_dtype="bfloat16",
         save_root=str(args.output), compile_model=False,
     )
     trainer.average, trainer.prompt_share = Average(model), args.prompt_share

@@ -331,6 +331,7 @@ def segment(
     tile_shape: Sequence[int] | Literal["auto"] | None = "auto",
     halo: Sequence[int] | None = None,
     device: str | None = None,
+    precision: str | None = None,
     embedding_path: str | os.PathLike | None = None,
     batch_size: int = 1,
     verbose: bool = False,
@@ -355,6 +356,7 @@ def segment(
             large images, see `segmentation.workflow.choose_strategy`.
         halo: Overlap (y, x) of the tiles in pixels.
         device: The device; None chooses it.
+        precision: `float32` or `auto`, see `get_sam_model`; None takes what the user has chosen.
         embedding_path: Where to keep the embeddings; None keeps them in memory.
         batch_size: Planes or tiles per call of the networks.
         verbose: Whether to show progress.
@@ -378,7 +380,7 @@ def segment(
     opened = open_image(image, key, axes=axes, channel=channel, time=time, level=level, series=series)
     _note_stack(opened)
     volume_options, generate_kwargs = split_options(generate_kwargs, opened.ndim)
-    loaded = load_model(model, checkpoint, device, mode)
+    loaded = load_model(model, checkpoint, device, mode, precision)
     plan = plan_image(loaded, opened.shape[-2:], tile_shape, halo, generate_kwargs, None if checkpoint else model)
     steps = image_steps(
         plan.model.predictor, plan.segmenter, opened, volume_options, plan.work, embedding_path=embedding_path,

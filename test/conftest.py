@@ -114,4 +114,5 @@ def _own_cache_directory(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path_factory.getbasetemp() / "cache"))
     file = tmp_path_factory.getbasetemp() / "no" / "settings.json"
     monkeypatch.setattr("micro_sam.core.settings.user_settings_file", lambda: file)
-    monkeypatch.delenv("MICROSAM_MODELS", raising=False)
+    for variable in ("MICROSAM_MODELS", "MICROSAM_PRECISION"):
+        monkeypatch.delenv(variable, raising=False)

@@ -619,6 +619,13 @@ def test_settings_are_kept_for_the_next_start(settings, own_settings, tmp_path):
     settings.runner.wait()
     assert json.loads(own_settings.user_settings_file().read_text()) == {"embedding_cache_gb": 7.5}
     assert auto_cache_limit() == int(7.5e9)
+    assert settings.precision.currentText() == "exact"
+    for text, kept in (("half, where it is faster", {"precision": "auto"}), ("exact", {})):
+        settings.precision.setCurrentText(text)
+        settings.update_button.click()
+        settings.runner.wait()
+        assert own_settings.read_user_settings() == {"embedding_cache_gb": 7.5, **kept}
+        assert settings.precision.currentText() == text
     own_settings.write_user_settings(cache_directory="/data")
     assert own_settings.read_user_settings() == {"embedding_cache_gb": 7.5, "cache_directory": "/data"}
     own_settings.write_user_settings(cache_directory=None)

@@ -311,7 +311,7 @@ def test_checkpointed_networks_give_the_same_training(tmp_path):
 
 
 def test_mixed_precision_trains_with_full_precision_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("micro_sam.training.base_trainer.can_mix_precision", lambda device: True)
+    monkeypatch.setattr("micro_sam.training.base_trainer.gains_from_half_precision", lambda device: True)
     mixed = make_trainer(tmp_path, joint=True, n_images=2, mixed_precision=True)
     types = []
     mixed.model.sam.mask_decoder.transformer.register_forward_hook(lambda m, i, out: types.append(out[0].dtype))
@@ -322,7 +322,7 @@ def test_mixed_precision_trains_with_full_precision_weights(tmp_path, monkeypatc
     assert mixed.remembered.train[0][1] == pytest.approx(full.remembered.train[0][1], rel=0.05)
     assert mixed.remembered.train[0][1] != full.remembered.train[0][1]
     assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
-    monkeypatch.setattr("micro_sam.training.base_trainer.can_mix_precision", lambda device: False)
+    monkeypatch.setattr("micro_sam.training.base_trainer.gains_from_half_precision", lambda device: False)
     assert not make_trainer(tmp_path, mixed_precision=True).mixed_precision
 
 

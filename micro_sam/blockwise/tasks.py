@@ -34,12 +34,16 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that each process loads once, see `segmentation.workflow.load_model`."""
+    """A model that each process loads once, see `segmentation.workflow.load_model`.
+
+    With the precision None, a process takes what is chosen where it runs.
+    """
 
     model_type: str | None
     checkpoint: str | None = None
     device: str | None = None
     mode: str | None = None
+    precision: str | None = None
 
     def load(self) -> LoadedModel:
         """Load the model, or take the one of the last call."""
@@ -48,7 +52,7 @@ class ModelSource:
 
 @lru_cache(maxsize=1)
 def _load(source: ModelSource) -> LoadedModel:
-    return load_model(source.model_type, source.checkpoint, source.device, source.mode)
+    return load_model(source.model_type, source.checkpoint, source.device, source.mode, source.precision)
 
 
 @dataclass(frozen=True)

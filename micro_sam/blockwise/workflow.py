@@ -14,6 +14,7 @@ import zarr
 from ..core.errors import InvalidInputError
 from ..core.output import is_done, label_record, prepare_folder, writing
 from ..core.progress import Step, Steps, drain
+from ..core.settings import get_precision
 from ..embeddings.normalization import PERCENTILES, measure_range
 from ..embeddings.signature import compute_data_signature
 from ..segmentation.settings import full_options
@@ -44,6 +45,7 @@ def segment_blockwise(
     halo: Sequence[int] = HALO,
     checkpoint: str | os.PathLike | None = None,
     device: str | None = None,
+    precision: str | None = None,
     engine: Engine | None = None,
     merge: bool = True,
     retries: int = 2,
@@ -68,6 +70,8 @@ def segment_blockwise(
         halo: By how many pixels (y, x) a block sees more on each side; half of a large object is enough.
         checkpoint: A checkpoint of your own, instead of a published model.
         device: The device; None chooses it.
+        precision: `float32` or `auto`, see `get_sam_model`; None takes what the user has chosen here, also for
+            workers on other machines.
         engine: Who works; None for this process, see `micro_sam.distributed` for others.
         merge: Whether the planes of a stack are merged to objects in 3D. If not, each plane counts its objects from 1.
         retries: How often a failing block is tried again.
@@ -86,7 +90,9 @@ def segment_blockwise(
     """
     model = resolve_model(model, checkpoint)
     source = ImageSource(image, dict(image_options or {}))
-    model_source = ModelSource(model, None if checkpoint is None else str(checkpoint), device, mode)
+    model_source = ModelSource(
+        model, None if checkpoint is None else str(checkpoint), device, mode, get_precision(precision)
+    )
     steps = blockwise_steps(
         source, output_path, model_source, block_shape, halo, engine, merge=merge, retries=retries,
         overwrite=overwrite, **generate_kwargs,

@@ -90,8 +90,8 @@ def segment_result(
     choice = {name: value for name, value in input_choice(args).items() if value is not None}
     work = {
         "block_shape": args.block_shape or BLOCK_SHAPE, "halo": args.block_halo or HALO, "checkpoint": args.checkpoint,
-        "device": args.device, "overwrite": args.overwrite, "verbose": console.show_bars, "image_options": choice,
-        **options,
+        "device": args.device, "precision": args.precision, "overwrite": args.overwrite, "verbose": console.show_bars,
+        "image_options": choice, **options,
     }
     if args.tracking:
         from ..distributed import track

@@ -17,6 +17,7 @@ from typing import Any
 
 from .._version import __version__
 from ..core.errors import DeviceError, InvalidInputError, MicroSamError, ModelError, nearest_names
+from ..core.settings import PRECISION_VARIABLE, PRECISIONS
 
 OK, FAILED, USAGE, SETUP, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = (
@@ -67,9 +68,19 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("-m", "--model_type", help=f"name of the model, see micro_sam.info; default: {default}")
     group.add_argument("-c", "--checkpoint", help="a checkpoint of your own, instead of a published model")
     group.add_argument("-d", "--device", help="cuda, cuda:1, mps or cpu; default: the best one")
+    add_precision_option(group)
     group.add_argument("--tile_shape", nargs="+", metavar="N", help="tile shape in pixels: Y X; or auto, or none")
     group.add_argument("--halo", nargs=2, type=int, metavar="N", help="overlap of the tiles in pixels: Y X")
     group.add_argument("--batch_size", type=int, default=1, help="tiles or planes per call of the network; default: 1")
+
+
+def add_precision_option(group: argparse._ArgumentGroup) -> None:
+    """The option that says in which precision the model computes."""
+    group.add_argument(
+        "--precision", choices=PRECISIONS, type=str.lower,
+        help=f"auto: half precision where the device is faster in it, which changes masks a little; default: "
+        f"${PRECISION_VARIABLE}, else what is chosen in the settings, else float32",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -222,7 +222,7 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
             return run_files(results, lambda n, result: segment_result(
                 client, result, model_name, options, _volume_options(args), args, console, report
             ), report, console)
-    model = load_model(model_name, args.checkpoint, args.device, args.mode)
+    model = load_model(model_name, args.checkpoint, args.device, args.mode, args.precision)
     report.model = {"name": model_name, "checkpoint": args.checkpoint, "mode": model.mode}
 
     def work(n: int, result: Result) -> str:

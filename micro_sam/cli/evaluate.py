@@ -9,7 +9,16 @@ from typing import Any
 
 from .._version import __version__
 from ..core.errors import InvalidInputError
-from ._common import INTERRUPTED, OK, Console, Parser, parse_extra, parse_tile_shape, run_command
+from ._common import (
+    INTERRUPTED,
+    OK,
+    Console,
+    Parser,
+    add_precision_option,
+    parse_extra,
+    parse_tile_shape,
+    run_command,
+)
 
 _PROMPTS = ("point", "box", "point_masks", "box_masks")
 _MODES = ("ais", "apg", "amg")
@@ -75,6 +84,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-c", "--checkpoint", help="a checkpoint of your own, instead of a published model")
     group.add_argument("-d", "--device", help="cuda, cuda:1, mps or cpu; default: the best one")
+    add_precision_option(group)
     group.add_argument(
         "--modes", nargs="+", choices=(*_MODES, "none"), type=str.lower, metavar="MODE",
         help=f"automatic segmentation: {', '.join(_MODES)}, or none; default: all modes of the model",
@@ -100,8 +110,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 _PREDICTION_OPTIONS = ("predictions", "prediction_key", "threshold", "label_components")
 _MODEL_OPTIONS = (
-    "images", "image_key", "model_type", "checkpoint", "device", "modes", "prompts", "iterations", "objects",
-    "tile_shape", "halo", "batch_size", "overwrite",
+    "images", "image_key", "model_type", "checkpoint", "device", "precision", "modes", "prompts", "iterations",
+    "objects", "tile_shape", "halo", "batch_size", "overwrite",
 )
 
 
@@ -188,7 +198,8 @@ def _score_model(parser: Parser, args: argparse.Namespace, extra: Sequence[str],
             n_iterations=8 if args.iterations is None else args.iterations, n_objects=args.objects,
             group_by=args.group_by, image_key=image_key, label_key=label_key, patterns=(image_pattern, label_pattern),
             recursive=args.recursive, tile_shape=tile_shape, halo=args.halo,
-            batch_size=1 if args.batch_size is None else args.batch_size, device=args.device, options=options,
+            batch_size=1 if args.batch_size is None else args.batch_size, device=args.device,
+            precision=args.precision, options=options,
             overwrite=bool(args.overwrite), verbose=console.show_bars,
         )
     except KeyboardInterrupt:

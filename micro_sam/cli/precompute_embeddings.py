@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
                 lambda n, result: _run_on_cluster(client, open_(result), result, name, tile_shape, args, console),
                 report, console,
             )
-    model = load_model(name, args.checkpoint, args.device)
+    model = load_model(name, args.checkpoint, args.device, precision=args.precision)
     report.model = {"name": name, "checkpoint": args.checkpoint, "hash": model.predictor._hash}
 
     def work(n: int, result: Result) -> str:
@@ -128,8 +128,9 @@ def _run_on_cluster(
 
     choice = {key: value for key, value in input_choice(args).items() if value is not None}
     precompute_embeddings(
-        client, result.input, result.output, name, checkpoint=args.checkpoint, tile_shape=tile_shape, halo=args.halo,
-        batch_size=args.batch_size, image_options=choice, overwrite=args.overwrite, verbose=console.show_bars,
+        client, result.input, result.output, name, checkpoint=args.checkpoint, precision=args.precision,
+        tile_shape=tile_shape, halo=args.halo, batch_size=args.batch_size, image_options=choice,
+        overwrite=args.overwrite, verbose=console.show_bars,
     )
     return f"{result.input}: {image.axes} {tuple(image.data.shape)} -> {result.output}"
 

@@ -1,4 +1,4 @@
-"""Cache directory and compute device. Environment and settings of the user are read at each call, never at import."""
+"""Cache directory, device and precision. Environment and settings of users are read at each call, never at import."""
 
 import json
 import os
@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DeviceError, OutputWriteError
+from .errors import DeviceError, InvalidInputError, OutputWriteError, nearest_names
 
 if TYPE_CHECKING:
     import torch
 
 APP_NAME = "micro_sam"
+PRECISIONS = ("float32", "auto", "bfloat16")
+PRECISION_VARIABLE = "MICROSAM_PRECISION"
 
 
 def _os_cache_directory() -> Path:
@@ -36,7 +38,7 @@ def user_settings_file() -> Path:
 
 
 def read_user_settings() -> dict[str, Any]:
-    """Return what users have chosen: `cache_directory` and `embedding_cache_gb`, as far as they are set.
+    """Return what users have chosen: `cache_directory`, `embedding_cache_gb` and `precision`, as far as they are set.
 
     A file that is damaged counts as empty.
     """
@@ -72,6 +74,29 @@ def get_cache_directory() -> Path:
     """
     custom = os.environ.get("MICROSAM_CACHEDIR") or read_user_settings().get("cache_directory")
     return Path(custom).expanduser() if custom else _os_cache_directory()
+
+
+def get_precision(precision: str | None = None) -> str:
+    """Choose or check in which precision models compute.
+
+    Args:
+        precision: `float32`, `bfloat16`, or `auto`, which is half precision where the device is faster in it. None
+            takes `$MICROSAM_PRECISION`, else what the user has chosen in the settings panel, else `float32`.
+
+    Raises:
+        InvalidInputError: If it is none of them; says where it comes from.
+    """
+    source = "precision"
+    if precision is None:
+        source, precision = PRECISION_VARIABLE, os.environ.get(PRECISION_VARIABLE)
+    if not precision:
+        source, precision = f"precision in {user_settings_file()}", read_user_settings().get("precision", "float32")
+    if precision not in PRECISIONS:
+        raise InvalidInputError(
+            f"{source} must be one of {', '.join(PRECISIONS)}, but is {precision!r}. "
+            f"{nearest_names(str(precision), PRECISIONS)}"
+        )
+    return precision
 
 
 def _is_available(device_type: str) -> bool:

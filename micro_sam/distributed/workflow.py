@@ -15,6 +15,7 @@ from ..blockwise.workflow import segment_blockwise
 from ..core.errors import InvalidInputError
 from ..core.image import open_image
 from ..core.progress import Steps, drain
+from ..core.settings import get_precision
 from ..embeddings.encode import ImageEmbeddings, compute_embeddings_batched, embedding_steps
 from ..embeddings.normalization import PERCENTILES, ItemReader, check_normalization, measure_range
 from ..embeddings.plan import EmbeddingPlan, Item
@@ -125,6 +126,7 @@ def precompute_embeddings(
     model: str | None = "vit_b_lm",
     *,
     checkpoint: str | os.PathLike | None = None,
+    precision: str | None = None,
     tile_shape: Sequence[int] | None = None,
     halo: Sequence[int] | None = None,
     batch_size: int = 1,
@@ -144,6 +146,7 @@ def precompute_embeddings(
         save_path: The zarr folder, on a file system that all workers share.
         model: Name of the model.
         checkpoint: A checkpoint of your own; `model` is its architecture then, None detects it.
+        precision: `float32` or `auto`, see `get_sam_model`; None takes what the user has chosen here.
         tile_shape: Tile shape (y, x) in pixels.
         halo: Overlap (y, x) of the tiles in pixels.
         batch_size: Planes or tiles per call of the encoder.
@@ -159,7 +162,9 @@ def precompute_embeddings(
     _check_shareable(image)
     source = ImageSource(image, image_options or {})
     opened = source.open()
-    model_source = ModelSource(model, None if checkpoint is None else str(checkpoint), mode="amg")
+    model_source = ModelSource(
+        model, None if checkpoint is None else str(checkpoint), mode="amg", precision=get_precision(precision)
+    )
     for_items = check_normalization(normalization)
     if isinstance(for_items, dict) and for_items["mode"] == "image":  # measured once, not by each worker
         value_range = measure_range(opened.data, opened.has_channels, PERCENTILES)
@@ -197,4 +202,4 @@ class EncodeItems:
         """Encode and write."""
         read = ItemReader(self.image.open().data, self.plan, self.normalization)
         features, _, _ = compute_embeddings_batched(self.model.load().predictor, [read(item) for item in items])
-        write_features(Path(self.path), items, features.float().cpu().numpy())
+        write_features(Path(self.path), items, features.cpu().numpy())

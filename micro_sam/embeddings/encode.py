@@ -13,6 +13,7 @@ from segment_anything import SamPredictor
 from ..core.errors import EmbeddingCacheError, EmbeddingMismatchError, InvalidInputError, require_positive_int
 from ..core.normalize import to_image
 from ..core.progress import Step, Steps, drain
+from ..models.precision import autocast, precision_of
 from .cache import auto_cache_path, evict, touch
 from .features import ImageEmbeddings, check_plane_index
 from .memory import MemorySink, feature_shape
@@ -49,7 +50,9 @@ def _load(predictor: SamPredictor, image: np.ndarray) -> tuple[torch.Tensor, tup
 def _encode(predictor: SamPredictor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     model, device = predictor.model, predictor.device
     batch = torch.cat([model.preprocess(tensor[None].to(device)) for tensor in tensors])
-    return model.image_encoder(batch)
+    with autocast(precision_of(predictor), device):
+        features = model.image_encoder(batch)
+    return features.float()
 
 
 def compute_embeddings_batched(
@@ -182,6 +185,7 @@ def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool
             )
         return None
     signature.check(attrs, describe_layout(group, path), path)
+    signature.check_precision(attrs, complete, path)
     found = attrs.get("dtype", "float32")
     if dtype not in (None, found):
         raise EmbeddingMismatchError(
@@ -230,7 +234,7 @@ def _fill(
             tensors = ahead.result()
             if k + 1 < len(batches):
                 ahead = reader.submit(load, batches[k + 1])
-            features = _encode(predictor, tensors).float().cpu().numpy()
+            features = _encode(predictor, tensors).cpu().numpy()
             if written is not None:
                 written.result()
                 done += len(batches[k - 1])

@@ -16,6 +16,7 @@ import xxhash
 
 from .._version import __version__
 from ..core.errors import EmbeddingMismatchError
+from ..models.precision import precision_of
 from .plan import EmbeddingPlan
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def compute_legacy_data_signature(input_) -> str:
 
 
 def model_identity(predictor) -> dict[str, Any]:
-    """`model_type`, `model_name` and `model_hash` of a predictor.
+    """`model_type`, `model_name` and `model_hash` of a predictor, and its `precision` if that is not float32.
 
     A predictor that was not made by `get_sam_model` has no hash; then the encoder's weights are hashed.
     """
@@ -143,10 +144,12 @@ def model_identity(predictor) -> dict[str, Any]:
             xxh3.update(values.flatten().float().numpy())
         model_hash = f"encoder-xxh3_128:{xxh3.hexdigest()}"
     model_type = getattr(predictor, "model_type", None)
+    dtype = precision_of(predictor)
     return {
         "model_type": model_type,
         "model_name": getattr(predictor, "model_name", model_type),
         "model_hash": model_hash,
+        **({} if dtype is None else {"precision": str(dtype).removeprefix("torch.")}),
     }
 
 
@@ -163,6 +166,27 @@ class Signature:
     def tiling(self) -> dict[str, list[int] | None]:
         tiling = self.plan.tiling
         return {name: None if tiling is None else list(getattr(tiling, name)) for name in ("tile_shape", "halo")}
+
+    @property
+    def precision(self) -> str:
+        return self.model.get("precision", "float32")
+
+    def check_precision(self, attrs: dict[str, Any], is_complete: bool, path) -> None:
+        """Compare the precision with that of an existing cache.
+
+        Features in another precision are used, as they differ little, but never mixed.
+
+        Raises:
+            EmbeddingMismatchError: If the cache is not complete and was begun in another precision.
+        """
+        found = attrs.get("precision", "float32")
+        if not is_complete:
+            self._compare(path, "precision", found, self.precision, f"Pass precision={found!r} to go on")
+        elif found != self.precision == "float32":
+            logger.warning(
+                "Embeddings in %s were computed in %s, so that masks differ a little from those in float32. Compute "
+                "them again with overwrite=True if that matters.", path, found,
+            )
 
     def mask_signature(self) -> str | None:
         """Hash of the tiles that the mask selects (the features depend on nothing else of it)."""
@@ -186,6 +210,7 @@ class Signature:
             "input_shape": list(self.plan.shape),
             "normalization": self.normalization,
             "mask_signature": self.mask_signature(),
+            **{name: self.model[name] for name in ("precision",) if name in self.model},
         }
 
     def check(self, attrs: dict[str, Any], found_layout: dict[str, Any], path) -> None:

@@ -89,6 +89,7 @@ def model_evaluation_steps(
     halo: Sequence[int] | None = None,
     batch_size: int = 1,
     device: str | torch.device | None = None,
+    precision: str | None = None,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Steps[pd.DataFrame]:
@@ -116,6 +117,7 @@ def model_evaluation_steps(
         halo: Overlap (y, x) of the tiles in pixels.
         batch_size: Tiles or planes per call of the network.
         device: The device; None chooses it.
+        precision: `float32` or `auto`, see `get_sam_model`; None takes what the user has chosen.
         options: Options of the segmenters, for example `min_size`; each is used by the modes that have it.
         overwrite: Whether to replace an evaluation of another model, or with other settings.
     """
@@ -137,7 +139,7 @@ def model_evaluation_steps(
         tile_shape = "auto" if spec is not None and spec.resource is not None else None
     prepare_folder(output_folder / RECORD_NAME)
     yield Step(0, 1, "Load model")
-    model = load_model(name, checkpoint_path, device)
+    model = load_model(name, checkpoint_path, device, precision=precision)
     yield Step(1, 1, "Load model")
     trained_for = ("ais", "apg", "amg") if spec is None else spec.modes
     run = ModelTasks(

@@ -16,6 +16,7 @@ from torch import nn
 from ..core.errors import CheckpointError, InvalidInputError
 from ..core.settings import get_device
 from .decoder_cpu import decode_sample
+from .precision import autocast
 
 Normalization = Literal["instance", "running"]
 OUT_CHANNELS = 3
@@ -113,13 +114,16 @@ class DecoderAdapter(nn.Module):
     Args:
         unetr: The network whose decoder layers to use; they are shared, not copied.
         normalization: `instance` or `running`.
+        dtype: What to compute in; None for single precision. Maps are always float32.
     """
 
-    def __init__(self, unetr: nn.Module, *, normalization: Normalization = "instance"):
+    def __init__(
+        self, unetr: nn.Module, *, normalization: Normalization = "instance", dtype: torch.dtype | None = None
+    ):
         super().__init__()
         if normalization not in ("instance", "running"):
             raise InvalidInputError(f"normalization must be 'instance' or 'running', but got {normalization!r}.")
-        self.normalization = normalization
+        self.normalization, self.inference_dtype = normalization, dtype
         self.img_size = unetr.encoder.img_size
         self.base = unetr.base
         self.out_conv = unetr.out_conv
@@ -151,14 +155,22 @@ class DecoderAdapter(nn.Module):
     @torch.no_grad()
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         """What `forward` computes before post-processing: maps (B, 3, 16 h, 16 w)."""
-        if x.device.type != "cpu":
-            return self.layer_by_layer(x)
-        x = torch.cat([decode_sample(self, sample[None], _upsample) for sample in x])
-        return x if self.final_activation is None else self.final_activation(x)
+        with autocast(self.inference_dtype, x.device):
+            if x.device.type == "cpu":
+                x = torch.cat([decode_sample(self, sample[None], _upsample) for sample in x])
+            else:
+                x = self._layers(x)
+        return self._activate(x.float())
 
     @torch.no_grad()
     def layer_by_layer(self, x: torch.Tensor) -> torch.Tensor:
-        """The same as one network of plain layers, for GPUs and for export."""
+        """The same as one network of plain layers, for export; in the precision of the input."""
+        return self._activate(self._layers(x))
+
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.final_activation is None else self.final_activation(x)
+
+    def _layers(self, x: torch.Tensor) -> torch.Tensor:
         # Both paths advance together, so that no map is kept longer than the next level needs it.
         skip, x = x, self.base(x)
         levels = zip((self.deconv1, self.deconv2, self.deconv3), self.decoder.samplers, self.decoder.blocks)
@@ -169,8 +181,7 @@ class DecoderAdapter(nn.Module):
             start = (skip.shape[1] - x.shape[1]) // 2
             x = block(torch.cat([x, skip[:, start:start + x.shape[1]]], dim=1))
         x = torch.cat([_upsample(self.deconv_out, x), self._deconv(self.deconv4, skip)], dim=1)
-        x = self.out_conv(self.decoder_head(x))
-        return x if self.final_activation is None else self.final_activation(x)
+        return self.out_conv(self.decoder_head(x))
 
     def postprocess_masks(
         self, masks: torch.Tensor, input_size: Sequence[int], original_size: Sequence[int]
@@ -216,6 +227,7 @@ def get_decoder(
     device: str | torch.device | None = None,
     *,
     normalization: Normalization = "instance",
+    dtype: torch.dtype | None = None,
 ) -> DecoderAdapter:
     """Build the decoder for inference from its weights.
 
@@ -224,9 +236,10 @@ def get_decoder(
         decoder_state: The decoder weights.
         device: Where to put the decoder.
         normalization: How BatchNorm layers normalise, see `DecoderAdapter`.
+        dtype: What to compute in, for example that of the predictor; None for single precision.
 
     Returns:
         The decoder.
     """
     unetr = get_unetr(image_encoder, decoder_state, device)
-    return DecoderAdapter(unetr, normalization=normalization)
+    return DecoderAdapter(unetr, normalization=normalization, dtype=dtype)

@@ -25,7 +25,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (C) of each channel of maps (1, C, H, W): those of strips, combined in double precision."""
     count, mean, squares = 0, 0.0, 0.0
     for start, stop in _strips(x):
-        strip = x[:, :, start:stop]
+        strip = x[:, :, start:stop].to(torch.promote_types(x.dtype, torch.float32))
         n = strip.shape[2] * strip.shape[3]
         own_mean = strip.mean((2, 3), keepdim=True)
         own_squares = (strip - own_mean).square_().sum((0, 2, 3)).double()
@@ -51,7 +51,8 @@ def _affine(x: Tensor, norm: nn.Module, running: bool) -> tuple[Tensor, Tensor]:
     shift = -mean * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    return scale.to(x.dtype).view(1, -1, 1, 1), shift.to(x.dtype).view(1, -1, 1, 1)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return scale.to(dtype).view(1, -1, 1, 1), shift.to(dtype).view(1, -1, 1, 1)
 
 
 def _normalized_convolution(

@@ -15,6 +15,7 @@ from .._version import __version__
 from ..core.errors import MicroSamError
 from ..core.settings import available_devices, get_cache_directory, get_device
 from .hashing import file_hash, remembered_hash
+from .precision import gains_from_half_precision
 from .registry import (
     download_sam_model,
     find_spec,
@@ -50,7 +51,9 @@ def _devices() -> list[dict[str, Any]]:
 
     devices = []
     for name in available_devices():
-        device = {"name": name, "default": name == str(get_device())}
+        device = {
+            "name": name, "default": name == str(get_device()), "half_precision": gains_from_half_precision(name),
+        }
         if name == "cuda":
             for index in range(torch.cuda.device_count()):
                 properties = torch.cuda.get_device_properties(index)
@@ -197,6 +200,7 @@ def format_info(info: dict[str, Any]) -> str:
             str(text) for text in (
                 device.get("hardware"), device.get("memory_gib") and f"{device['memory_gib']} GiB",
                 device.get("threads") and f"{device['threads']} threads",
+                "faster in half precision (--precision auto)" if device["half_precision"] else "",
                 "used by default" if device["default"] else "",
             ) if text
         )

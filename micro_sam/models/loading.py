@@ -29,6 +29,7 @@ from .export import export_custom_qlora_model, export_custom_sam_model
 from .hashing import file_hash
 from .peft_description import choose_peft, peft_settings
 from .peft_sam import PEFT_Sam
+from .precision import MixedPrecisionPredictor, inference_dtype, precision_of
 from .registry import download_sam_model, find_spec, get_model_names, list_models
 from .specs import DEFAULT_MODEL, MODELS, ModelSpec
 from .weight_loading import SkipInit, load_weights, load_weights_flexibly
@@ -180,9 +181,11 @@ class _Loaded:
 
 def _load(
     model_type: str, device: Any, checkpoint_path: Any, peft_kwargs: Mapping | None, flexible: bool,
-    progress_bar_factory: Callable | None, decoder_path: Any, with_state: bool, model_kwargs: dict[str, Any],
+    progress_bar_factory: Callable | None, decoder_path: Any, with_state: bool, precision: str | None,
+    model_kwargs: dict[str, Any],
 ) -> _Loaded:
     device = get_device(device)
+    dtype = inference_dtype(precision, device)
     _check_kwargs(model_kwargs)
     _check_peft_kwargs(peft_kwargs)
     named = find_spec(model_type).architecture if checkpoint_path is None else _check_name_of_checkpoint(model_type)
@@ -192,7 +195,7 @@ def _load(
     architecture = _choose_architecture(named, checkpoint)
     sam = _build(architecture, checkpoint, source.spec, flexible, peft_kwargs, model_kwargs).to(device)
 
-    predictor = SamPredictor(sam)
+    predictor = SamPredictor(sam) if dtype is None else MixedPrecisionPredictor(sam, dtype)
     predictor.model_type = architecture
     predictor.model_name = model_type
     predictor._hash = source.hash
@@ -215,6 +218,8 @@ def get_sam_model(
     flexible_load_checkpoint: bool = False,
     progress_bar_factory: Callable | None = None,
     decoder_path: str | os.PathLike | None = None,
+    *,
+    precision: str | None = None,
     **model_kwargs,
 ) -> SamPredictor | tuple:
     """Load a model by name, or from a checkpoint.
@@ -240,6 +245,9 @@ def get_sam_model(
         progress_bar_factory: Called with a name for each download; returns a bar like tqdm's.
         decoder_path: A file with the weights of the segmentation decoder, instead of the model's own. Its path
             is kept as `predictor.decoder_path`; the weights are read if `return_state` is set.
+        precision: `float32` computes exactly; `auto` in half precision (bfloat16) where the device is faster in it,
+            which changes masks a little; `bfloat16` in any case. None takes `$MICROSAM_PRECISION`, else what the user
+            has chosen in the settings, else `float32`.
         model_kwargs: `image_size` (pixels, a multiple of 16; by default that of the checkpoint) and
             `num_multimask_outputs`.
 
@@ -261,7 +269,7 @@ def get_sam_model(
     """
     loaded = _load(
         model_type, device, checkpoint_path, peft_kwargs, flexible_load_checkpoint, progress_bar_factory, decoder_path,
-        return_state, model_kwargs,
+        return_state, precision, model_kwargs,
     )
     result = [loaded.predictor]
     if return_sam:
@@ -285,6 +293,7 @@ def get_predictor_and_decoder(
     decoder_path: str | os.PathLike | None = None,
     flexible_load_checkpoint: bool = False,
     progress_bar_factory: Callable | None = None,
+    precision: str | None = None,
     **model_kwargs,
 ) -> tuple[SamPredictor, DecoderAdapter]:
     """Load a model with its decoder for automatic instance segmentation.
@@ -297,6 +306,7 @@ def get_predictor_and_decoder(
         decoder_path: A file with the weights of the decoder, instead of the model's own.
         flexible_load_checkpoint: Whether to load what fits of the model's weights.
         progress_bar_factory: Called with a name for each download; returns a bar like tqdm's.
+        precision: See `get_sam_model`; also that of the decoder.
         model_kwargs: `image_size` and `num_multimask_outputs`.
 
     Returns:
@@ -307,7 +317,7 @@ def get_predictor_and_decoder(
     """
     loaded = _load(
         model_type, device, checkpoint_path, peft_kwargs, flexible_load_checkpoint, progress_bar_factory, decoder_path,
-        True, model_kwargs,
+        True, precision, model_kwargs,
     )
     if loaded.decoder_state is None:
         raise DecoderMissingError(
@@ -318,6 +328,7 @@ def get_predictor_and_decoder(
     normalization = str(loaded.decoder_settings.get("normalization", "instance"))
     predictor = loaded.predictor
     decoder = get_decoder(
-        predictor.model.image_encoder, loaded.decoder_state, predictor.device, normalization=normalization
+        predictor.model.image_encoder, loaded.decoder_state, predictor.device, normalization=normalization,
+        dtype=precision_of(predictor),
     )
     return predictor, decoder

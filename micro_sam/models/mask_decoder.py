@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..core.allocator import reusing_memory
 from ..core.errors import InvalidInputError, NotInitializedError
+from .precision import autocast, precision_of
 
 MAX_TOKENS = 16  # beyond it, folding the tokens into the weights costs more than it saves
 _grids = weakref.WeakKeyDictionary()  # prompt encoder -> (what it depends on, its positional encoding of the image)
@@ -229,17 +230,20 @@ def predict_low_res(
     pe = _positional_encoding(model.prompt_encoder)
     n_tokens = 1 + getattr(model.mask_decoder, "num_mask_tokens", MAX_TOKENS) + sparse.shape[1]
     if n_tokens > MAX_TOKENS or not supports_sharing(model.mask_decoder):
-        return model.mask_decoder(
-            image_embeddings=predictor.features, image_pe=pe, sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense, multimask_output=multimask_output,
-        )
+        with autocast(precision_of(predictor), sparse.device):
+            logits, ious = model.mask_decoder(
+                image_embeddings=predictor.features, image_pe=pe, sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense, multimask_output=multimask_output,
+            )
+        return logits.float(), ious.float()
     if masks is None:
         size = _CPU_CHUNK if sparse.device.type == "cpu" else max(len(sparse), 1)
         chunks = [(chunk, dense[:1]) for chunk in sparse.split(size)]
     else:  # each has an image of its own
         chunks = list(zip(sparse.split(1), dense.split(1)))
-    parts = [
-        predict_masks_shared(model.mask_decoder, predictor.features, pe, chunk, embedded, multimask_output)
-        for chunk, embedded in chunks
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    with autocast(precision_of(predictor), sparse.device):
+        parts = [
+            predict_masks_shared(model.mask_decoder, predictor.features, pe, chunk, embedded, multimask_output)
+            for chunk, embedded in chunks
+        ]
+    return torch.cat([p[0] for p in parts]).float(), torch.cat([p[1] for p in parts]).float()

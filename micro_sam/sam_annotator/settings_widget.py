@@ -1,4 +1,4 @@
-"""The settings panel: where models and embeddings are kept, and how much of them."""
+"""The settings panel: where models and embeddings are kept, how much of them, and how exactly models compute."""
 
 import os
 from pathlib import Path
@@ -8,14 +8,15 @@ from qtpy.QtWidgets import QHBoxLayout, QVBoxLayout, QWidget
 from ..annotation.task import Task
 from ..core.errors import MicroSamError, OutputWriteError
 from ..core.progress import Step, Steps
-from ..core.settings import get_cache_directory, write_user_settings
+from ..core.settings import PRECISION_VARIABLE, get_cache_directory, get_precision, write_user_settings
 from ..embeddings.cache import SIZE_VARIABLE, auto_cache_directory, auto_cache_limit, evict, folder_size
-from .form import PathRow, add_row, button, form, hint, number, readable_size
+from .form import PathRow, add_row, button, choice, form, hint, number, readable_size, select
 from .jobs import JobRunner
 from .notices import NoticeLine
 from .tooltips import get_tooltip
 
 CACHE_VARIABLE = "MICROSAM_CACHEDIR"
+_PRECISIONS = (("exact", "float32"), ("half, where it is faster", "auto"), ("half", "bfloat16"))
 
 
 def _tip(name: str) -> str | None:
@@ -63,6 +64,8 @@ class SettingsWidget(QWidget):
         self.cap = number(20, 0, 100000, step=5, decimals=1, tooltip=_tip("cache_size"))
         self.cap.setSuffix(" GB")
         self.cap_hint = hint()
+        self.precision = choice(_PRECISIONS, tooltip=_tip("precision"))
+        self.precision_hint = hint()
         self.update_button = button("Update Settings", tooltip=_tip("run_button"))
         self.size = hint("…")
         self.clear_button = button("Clear…", tooltip=_tip("clear_cache"))
@@ -74,6 +77,8 @@ class SettingsWidget(QWidget):
         fields.addRow(self.folder_hint)
         add_row(fields, "Keep embeddings up to:", self.cap)
         fields.addRow(self.cap_hint)
+        add_row(fields, "Precision:", self.precision)
+        fields.addRow(self.precision_hint)
         cache = QHBoxLayout()
         cache.addWidget(self.size, 1)
         for widget in (self.clear_button, self.really_button, self.keep_button):
@@ -91,16 +96,18 @@ class SettingsWidget(QWidget):
         self.folder.path = get_cache_directory()
         try:
             self.cap.setValue(auto_cache_limit() / 1e9)
+            select(self.precision, get_precision())
         except MicroSamError as error:
             self.notice.show_error(error)
         for variable, field, label in (
-            (CACHE_VARIABLE, self.folder, self.folder_hint), (SIZE_VARIABLE, self.cap, self.cap_hint)
+            (CACHE_VARIABLE, self.folder, self.folder_hint), (SIZE_VARIABLE, self.cap, self.cap_hint),
+            (PRECISION_VARIABLE, self.precision, self.precision_hint),
         ):
             is_fixed = bool(os.environ.get(variable))
             field.setEnabled(not is_fixed)
             label.setText(f"Set by the environment variable {variable}." if is_fixed else "")
             label.setVisible(is_fixed)
-        self.update_button.setEnabled(self.folder.isEnabled() or self.cap.isEnabled())
+        self.update_button.setEnabled(any(f.isEnabled() for f in (self.folder, self.cap, self.precision)))
         self.runner.start(_measure(), key="size", on_done=self._show_size)
 
     def _show_size(self, found: tuple[int, int]) -> None:
@@ -118,6 +125,9 @@ class SettingsWidget(QWidget):
                 write_user_settings(cache_directory=None if chosen is None else str(chosen.absolute()))
             if self.cap.isEnabled():
                 write_user_settings(embedding_cache_gb=self.cap.value())
+            if self.precision.isEnabled():
+                chosen_precision = self.precision.currentData()
+                write_user_settings(precision=None if chosen_precision == "float32" else chosen_precision)
         except MicroSamError as error:
             self.notice.show_error(error)
             return False

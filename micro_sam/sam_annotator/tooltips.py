@@ -110,6 +110,8 @@ _TOOLTIPS: Mapping[str, Mapping[str, str]] = MappingProxyType({
     "settings": {
         "cache_directory": "Where models, sample data and automatic embeddings are kept.",
         "cache_size": "Above this size the embeddings that were not used for longest are deleted.",
+        "precision": "How models compute that are loaded from now on. Half precision changes masks a little. It is "
+        "faster on GPUs and on some processors.",
         "clear_cache": "Delete all embeddings in the automatic cache. Those in folders of your own stay.",
         "run_button": "Keep these settings, also for the next start.",
     },

@@ -63,9 +63,9 @@ def decoder_hash(decoder: torch.nn.Module | None) -> str | None:
 
 
 def model_settings(predictor: Any, decoder: torch.nn.Module | None = None) -> dict[str, Any]:
-    """Return `model_name`, `model_hash` and, with a decoder, `decoder_hash`."""
+    """Return `model_name`, `model_hash`, `precision` unless it is float32, and `decoder_hash` with a decoder."""
     identity = model_identity(predictor)
-    settings = {"model_name": identity["model_name"], "model_hash": identity["model_hash"]}
+    settings = {k: identity[k] for k in ("model_name", "model_hash", "precision") if k in identity}
     return settings if decoder is None else {**settings, "decoder_hash": decoder_hash(decoder)}
 
 

@@ -18,6 +18,7 @@ from ..embeddings.encode import ImageEmbeddings, embedding_steps
 from ..embeddings.signature import compute_data_signature
 from ..models import registry
 from ..models.decoder import get_decoder
+from ..models.precision import precision_of
 from ..models.specs import DEFAULT_MODEL, SHIPPED_MODEL, ModelSpec
 from .ais import InstanceSegmentationWithDecoder
 from .amg import AMGBase
@@ -181,6 +182,7 @@ def load_model(
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
     mode: str | None = None,
+    precision: str | None = None,
     **model_kwargs: Any,
 ) -> LoadedModel:
     """Load a model for automatic segmentation.
@@ -190,6 +192,7 @@ def load_model(
         checkpoint: A checkpoint instead of a published model.
         device: The device; None chooses it.
         mode: `amg`, `ais` or `apg`. None or `auto` takes `ais` if the model has a decoder, else `amg`.
+        precision: See `get_sam_model`.
         model_kwargs: More arguments of `get_sam_model`, for example `image_size`.
 
     Raises:
@@ -203,9 +206,11 @@ def load_model(
         from ..models.checkpoints import read_checkpoint
         model_type = read_checkpoint(checkpoint, mmap=True).architecture
     predictor, state = get_sam_model(
-        model_type, device=device, checkpoint_path=checkpoint, return_state=True, **model_kwargs
+        model_type, device=device, checkpoint_path=checkpoint, return_state=True, precision=precision, **model_kwargs
     )
-    source = {"model_type": model_type, "checkpoint": checkpoint, "device": device, "mode": mode}
+    source = {
+        "model_type": model_type, "checkpoint": checkpoint, "device": device, "mode": mode, "precision": precision,
+    }
     return replace(with_decoder(predictor, state, mode, None), source=source)
 
 
@@ -217,7 +222,8 @@ def with_decoder(predictor, state: Mapping[str, Any], mode: str | None, device) 
     if decoder_state is not None:
         normalization = (state.get("decoder_settings") or {}).get("normalization", "instance")
         decoder = get_decoder(
-            predictor.model.image_encoder, decoder_state, device or predictor.device, normalization=normalization
+            predictor.model.image_encoder, decoder_state, device or predictor.device, normalization=normalization,
+            dtype=precision_of(predictor),
         )
     return LoadedModel(predictor, decoder, mode)
 

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..core.allocator import reusing_memory
 from ..core.errors import InvalidInputError, ModelError, require_positive_int
 from ..core.progress import Steps
+from ..models.precision import gains_from_half_precision
 from . import checkpoint as checkpoints
 from . import processes
 from .activation_checkpointing import checkpointed
@@ -27,14 +28,6 @@ from .logger import PredictionLogger
 from .seeding import new_seed, preserved_random_states
 
 logger = logging.getLogger(__name__)
-
-
-def can_mix_precision(device: torch.device) -> bool:
-    """Whether a device computes faster with half precision: GPUs with CUDA, CPUs with bfloat16 instructions."""
-    if device.type == "cpu":
-        check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        return check is not None and bool(check())
-    return device.type == "cuda"
 
 
 class BaseTrainer(EpochLoop, DefaultTrainer):
@@ -84,7 +77,7 @@ class BaseTrainer(EpochLoop, DefaultTrainer):
         if seed is not None and (not hasattr(seed, "__index__") or seed < 0):
             raise InvalidInputError(f"seed must be a non-negative integer or None, but is {seed!r}.")
         given = signature(DefaultTrainer).bind(*args, **kwargs).arguments
-        if given.get("mixed_precision", True) and not can_mix_precision(torch.device(given["device"])):
+        if given.get("mixed_precision", True) and not gains_from_half_precision(given["device"]):
             logger.info("Training in single precision: %s does not gain from mixed precision.", given["device"])
             given["mixed_precision"] = False
         super().__init__(**{"logger": PredictionLogger, **given})
