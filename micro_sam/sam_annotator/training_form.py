@@ -122,6 +122,9 @@ class TrainingFields(QWidget):
         self.n_iterations = add_row(rows, "Iterations:", integer(
             0, 0, 1_000_000, special="by epochs", tooltip="Train for so many steps, instead of a number of epochs."
         ))
+        self.checkpoint_encoder = QCheckBox("Take longer, to need less memory (checkpoint_encoder)")
+        self.checkpoint_encoder.setToolTip("Compute twice what would take memory. The result is the same.")
+        rows.addRow(self.checkpoint_encoder)
         self.promote_worse = QCheckBox("Keep the model even if it became worse")
         rows.addRow(self.promote_worse)
         return section
@@ -149,8 +152,9 @@ class TrainingFields(QWidget):
             "val_images": self.val_images, "val_labels": self.val_labels, "configuration": self.configuration,
             "with_segmentation_decoder": self.with_decoder, "model_type": self.family, "size": self.size,
             "checkpoint": self.checkpoint, "device": self.device, "patch_shape": self.patch, "n_epochs": self.n_epochs,
-            "n_iterations": self.n_iterations, "name": self.name, "save_root": self.save_root,
-            "output_path": self.output_path, "existing": self.existing, "promote_worse": self.promote_worse,
+            "n_iterations": self.n_iterations, "checkpoint_encoder": self.checkpoint_encoder, "name": self.name,
+            "save_root": self.save_root, "output_path": self.output_path, "existing": self.existing,
+            "promote_worse": self.promote_worse,
         }
 
     # Models and presets
@@ -215,9 +219,9 @@ class TrainingFields(QWidget):
             model_type=None if size is None else resolve(self.family.currentData(), size),
             checkpoint=path(self.checkpoint), device=None if device == "auto" else device,
             patch_shape=self.patch.value, n_epochs=self.n_epochs.value(),
-            n_iterations=self.n_iterations.value() or None, name=self.name.text().strip(),
-            save_root=path(self.save_root), output_path=path(self.output_path), existing=self.existing_choice,
-            promote_worse=self.promote_worse.isChecked(),
+            n_iterations=self.n_iterations.value() or None, checkpoint_encoder=self.checkpoint_encoder.isChecked(),
+            name=self.name.text().strip(), save_root=path(self.save_root), output_path=path(self.output_path),
+            existing=self.existing_choice, promote_worse=self.promote_worse.isChecked(),
         )
 
     @property

@@ -194,7 +194,7 @@ class FinetuneJob:
     def preflight_steps(self) -> Steps[PreflightReport]:
         """Check data and costs. Yields `Step`, returns the report."""
         train, val = self.data.train.arguments(), self.data.val.arguments()
-        names = ("n_objects_per_batch", "n_sub_iteration", "device")
+        names = ("n_objects_per_batch", "n_sub_iteration", "device", "checkpoint_encoder")
         options = {name: self.options[name] for name in names if name in self.options}
         return preflight_steps(
             **train, **{f"val_{name}": value for name, value in val.items()}, **options, **self._targets(),

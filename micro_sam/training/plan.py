@@ -68,6 +68,7 @@ class TrainingForm:
     patch_shape: tuple[int, int] = (512, 512)
     n_epochs: int = 100
     n_iterations: int | None = None
+    checkpoint_encoder: bool = False
     name: str = "sam_model"
     save_root: str | None = None
     output_path: str | None = None
@@ -140,7 +141,10 @@ def plan_training(form: TrainingForm) -> "FinetuneJob":
 
     explicit = {"model_type": choose_model(form.model_type, form.checkpoint)}
     options = configuration_options(form.configuration or choose_configuration(form.device), explicit)
-    options |= {"checkpoint_path": form.checkpoint, "device": form.device, "n_epochs": form.n_epochs}
+    options |= {
+        "checkpoint_path": form.checkpoint, "device": form.device, "n_epochs": form.n_epochs,
+        "checkpoint_encoder": form.checkpoint_encoder,
+    }
     if form.n_iterations is not None:
         options["n_iterations"] = form.n_iterations
     val_images, val_labels = (None if path is None else [path] for path in (form.val_images, form.val_labels))

@@ -7,6 +7,7 @@ are worth a look.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,16 @@ def preflight_steps(
     device: Any = None,
     image_size: int = 1024,
     decoder_features: int = 64,
+    checkpoint_encoder: bool = False,
     gflop_per_second: float | None = None,
     available_bytes: float | None = None,
 ) -> Steps[PreflightReport]:
     """The steps of `preflight`."""
-    costs = estimate_costs(
-        model_type, batch_size, n_objects_per_batch, n_sub_iteration, with_segmentation_decoder,
+    estimate = partial(
+        estimate_costs, model_type, batch_size, n_objects_per_batch, n_sub_iteration, with_segmentation_decoder,
         train_instance_segmentation_only, image_size=image_size, decoder_features=decoder_features,
     )
+    costs = estimate(checkpoint_encoder=checkpoint_encoder)
     device = get_device(device)
     problems: list[str] = []
     train = _find(problems, "training", raw_paths, raw_key, label_paths, label_key, rois)
@@ -93,7 +96,8 @@ def preflight_steps(
         gflop_per_second = measure_speed(device)
     if available_bytes is None:
         available_bytes = available_memory(device)
-    warnings += _memory_warnings(costs.memory_bytes, available_bytes, n_objects_per_batch, batch_size)
+    least = estimate(checkpoint_encoder=True).memory_bytes
+    warnings += _memory_warnings(costs.memory_bytes, least, available_bytes, n_objects_per_batch, batch_size)
     n_train = _length((raw_paths, raw_key, label_paths, label_key), rois, used, n_samples, True)
     n_val = _length((val_raw_paths, val_raw_key, val_label_paths, val_label_key), val_rois, used, None, False)
     seconds = batch_size * costs.training_gflop / gflop_per_second
@@ -132,9 +136,10 @@ def preflight(
         options: `val_raw_paths`, `val_raw_key`, `val_label_paths`, `val_label_key`: the data for validation, if there
             are any. `rois`, `val_rois`: parts of the images. `patch_shape`: None takes the suggested one.
             `model_type`, `batch_size`, `n_objects_per_batch`, `n_sub_iteration`, `n_samples`, `min_size`,
-            `with_segmentation_decoder`, `train_instance_segmentation_only`, `raw_transform`, `device`: as for the
-            training. `image_size`, `decoder_features`: the canvas in pixels and the width of the decoder of the model.
-            `gflop_per_second`: speed of the device; None measures it. `available_bytes`: its free memory.
+            `with_segmentation_decoder`, `train_instance_segmentation_only`, `raw_transform`, `device`,
+            `checkpoint_encoder`: as for the training. `image_size`, `decoder_features`: the canvas in pixels and the
+            width of the decoder of the model. `gflop_per_second`: speed of the device; None measures it.
+            `available_bytes`: its free memory.
 
     Returns:
         The report.
@@ -319,14 +324,20 @@ def _patch_warnings(patch: tuple[int, int], diameters, reports: Sequence[PairRep
     return warnings
 
 
-def _memory_warnings(needed: float, available: float, n_objects: int | None, batch_size: int) -> list[str]:
+def _memory_warnings(
+    needed: float, least: float, available: float, n_objects: int | None, batch_size: int
+) -> list[str]:
+    """`least` is what would be needed with `checkpoint_encoder`."""
     if needed <= available:
         return []
-    return [
+    batch = f" or a smaller batch than {batch_size}." if batch_size > 1 else " or a larger machine."
+    text = (
         f"The training needs about {needed / 1e9:.0f} GB, but {available / 1e9:.0f} GB are free. Use a smaller model, "
-        f"fewer than {n_objects or 25} objects per image" + (f" or a smaller batch than {batch_size}." if batch_size > 1
-                                                          else " or a larger machine.")
-    ]
+        f"fewer than {n_objects or 25} objects per image{batch}"
+    )
+    if least < needed:
+        text += f" With checkpoint_encoder it takes longer and needs about {least / 1e9:.0f} GB."
+    return [text]
 
 
 def _length(
