@@ -26,12 +26,12 @@ POINTS, LABELS = torch.tensor([[[90.0, 70.0]], [[30.0, 200.0]]]), torch.ones(2, 
 
 @pytest.fixture
 def exact():
-    return get_predictor_and_decoder("vit_t_lite", device="cpu")
+    return get_predictor_and_decoder("vit_t_lite", device="cpu", image_size=256)
 
 
 @pytest.fixture
 def half():
-    return get_predictor_and_decoder("vit_t_lite", device="cpu", precision="bfloat16")
+    return get_predictor_and_decoder("vit_t_lite", device="cpu", precision="bfloat16", image_size=256)
 
 
 def relative(found, expected):
