@@ -92,10 +92,8 @@ def get_precision(precision: str | None = None) -> str:
     if not precision:
         source, precision = f"precision in {user_settings_file()}", read_user_settings().get("precision", "float32")
     if precision not in PRECISIONS:
-        raise InvalidInputError(
-            f"{source} must be one of {', '.join(PRECISIONS)}, but is {precision!r}. "
-            f"{nearest_names(str(precision), PRECISIONS)}"
-        )
+        hint = nearest_names(str(precision), PRECISIONS)
+        raise InvalidInputError(f"{source} is {precision!r}, which is not a precision. {hint}")
     return precision
 
 
