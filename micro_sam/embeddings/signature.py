@@ -16,7 +16,6 @@ import xxhash
 
 from .._version import __version__
 from ..core.errors import EmbeddingMismatchError
-from ..models.precision import precision_of
 from .plan import EmbeddingPlan
 
 logger = logging.getLogger(__name__)
@@ -144,6 +143,8 @@ def model_identity(predictor) -> dict[str, Any]:
             xxh3.update(values.flatten().float().numpy())
         model_hash = f"encoder-xxh3_128:{xxh3.hexdigest()}"
     model_type = getattr(predictor, "model_type", None)
+    from ..models.precision import precision_of  # loads torch, which signatures of images do without
+
     dtype = precision_of(predictor)
     return {
         "model_type": model_type,
