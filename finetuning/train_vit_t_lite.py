@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch_em.trainer import DefaultTrainer
 from torch_em.transform.label import PerObjectDistanceTransform
 
+from micro_sam.core.allocator import reusing_memory
 from micro_sam.models.build_sam import build_sam
 from micro_sam.models.decoder import get_unetr
 from micro_sam.models.precision import gains_from_half_precision
@@ -445,7 +446,8 @@ def main() -> None:
         raise SystemExit(f"{saved} {remedy}.")
     # The trainer counts from where it is.
     done = torch.load(saved, map_location="cpu", weights_only=False)["iteration"] if args.resume else 0
-    trainer.fit(iterations=args.iterations - done, load_from_checkpoint="latest" if args.resume else None)
+    with reusing_memory():
+        trainer.fit(iterations=args.iterations - done, load_from_checkpoint="latest" if args.resume else None)
 
 
 if __name__ == "__main__":
