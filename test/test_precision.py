@@ -161,6 +161,14 @@ def test_unfinished_caches_are_resumed_in_their_precision(exact, half, cells_ima
     steps.close()
     with pytest.raises(EmbeddingMismatchError, match="precision=bfloat16, but precision=float32 was asked for"):
         precompute_image_embeddings(exact[0], stack, path, ndim=3, verbose=False)
+    half[0].inference_dtype = torch.float16
+    with pytest.raises(EmbeddingMismatchError, match="Pass precision='bfloat16' to go on"):
+        precompute_image_embeddings(half[0], stack, path, ndim=3, verbose=False)
+    zarr.open_group(path, mode="a").attrs["precision"] = "float16"
+    with pytest.raises(EmbeddingMismatchError, match="Pass precision='auto' on such a GPU as it was begun on"):
+        precompute_image_embeddings(exact[0], stack, path, ndim=3, verbose=False)
+    zarr.open_group(path, mode="a").attrs["precision"] = "bfloat16"
+    half[0].inference_dtype = torch.bfloat16
     precompute_image_embeddings(half[0], stack, path, ndim=3, verbose=False)
 
 

@@ -16,6 +16,7 @@ import xxhash
 
 from .._version import __version__
 from ..core.errors import EmbeddingMismatchError
+from ..core.settings import PRECISIONS
 from .plan import EmbeddingPlan
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,9 @@ class Signature:
         """
         found = attrs.get("precision", "float32")
         if not is_complete:
-            self._compare(path, "precision", found, self.precision, f"Pass precision={found!r} to go on")
+            # float16 cannot be asked for: it is what `auto` is on GPUs without bfloat16.
+            chosen, where = (found, "") if found in PRECISIONS else ("auto", " on such a GPU as it was begun on")
+            self._compare(path, "precision", found, self.precision, f"Pass precision={chosen!r}{where} to go on")
         elif found != self.precision == "float32":
             logger.warning(
                 "Embeddings in %s were computed in %s, so that masks differ a little from those in float32. Compute "
@@ -211,7 +214,7 @@ class Signature:
             "input_shape": list(self.plan.shape),
             "normalization": self.normalization,
             "mask_signature": self.mask_signature(),
-            **{name: self.model[name] for name in ("precision",) if name in self.model},
+            **({} if self.precision == "float32" else {"precision": self.precision}),
         }
 
     def check(self, attrs: dict[str, Any], found_layout: dict[str, Any], path) -> None:

@@ -261,6 +261,7 @@ def get_sam_model(
         CheckpointError: If the file is damaged, not a checkpoint, or does not fit.
         DownloadError: If the download fails; says what to do then.
         PeftError: If `peft_kwargs` are not valid.
+        InvalidInputError: If there is no such precision.
 
     Example:
         >>> predictor = get_sam_model("vit_t_lite", device="cpu")
