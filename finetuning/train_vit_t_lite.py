@@ -257,6 +257,71 @@ class Cosine:
         self.done = state["done"]
 
 
+class MuonWithAdamW:
+    """Muon for the weights of linear and convolution layers, AdamW for all other parameters, in one optimizer.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; for learning rates of AdamW: Liu et al. 2025,
+    arXiv:2502.16982) takes matrices: kernels are passed as views of shape (out, height * width * in), which share
+    memory with the parameters. Build it on the final device, with weights in channels-last format.
+    """
+
+    def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float):
+        weights = {
+            module.weight: None for module in model.modules()
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and module.weight.requires_grad
+            and min(module.weight.shape[:2]) >= 16  # without depthwise, first and last convolutions
+        }
+        self.views = []
+        for weight in weights:
+            view = torch.nn.Parameter(self._as_matrix(weight.detach()))
+            if view.data_ptr() != weight.data_ptr():
+                raise ValueError(f"The kernel of shape {tuple(weight.shape)} is not in channels-last format.")
+            self.views.append((weight, view))
+        others = [p for p in model.parameters() if p.requires_grad and p not in weights]
+        self.muon = torch.optim.Muon(
+            [view for _, view in self.views], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = adamw(others, lr, weight_decay)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def register_step_pre_hook(self, hook):
+        return self.muon.register_step_pre_hook(hook)
+
+    @staticmethod
+    def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
+        return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad()
+        for weight, view in self.views:
+            weight.grad = view.grad = None
+
+    def step(self) -> None:
+        for weight, view in self.views:
+            view.grad = None if weight.grad is None else self._as_matrix(weight.grad)
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def adamw(parameters, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW without decay of biases and the parameters of norms."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
 class FromIteration(torch.utils.data.Sampler):
     """Numbers of the batches of an epoch that starts at the iteration `start`."""
 
@@ -397,7 +462,8 @@ def main() -> None:
     parser.add_argument("--prompts-only", action="store_true", help="leave encoder and decoder of --init alone")
     parser.add_argument("--canvas", type=int, default=1024, help="pixels of the side that an image fills at inference")
     parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -420,13 +486,11 @@ def main() -> None:
     model.frozen_statistics = args.frozen_statistics
     if args.prompts_only:
         model.train_prompts_only()
-    model = model.to(memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in trained if p.ndim > 1]
-    no_decay = [p for p in trained if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr
-    )
+    model = model.to(args.device, memory_format=torch.channels_last)
+    if args.optimizer == "muon":
+        optimizer = MuonWithAdamW(model, args.lr, weight_decay=0.05)
+    else:
+        optimizer = adamw([p for p in model.parameters() if p.requires_grad], args.lr, weight_decay=0.05)
     train_crops = Crops(train, args.epoch_length, True, args.canvas)
     val_crops = Crops(held_out, 12, False, args.canvas)
     workers = {"batch_size": None, "num_workers": args.workers, "persistent_workers": args.workers > 0}
