@@ -1,6 +1,6 @@
-"""Draw the training curves of `vit_t_lite` from what runs of `train_vit_t_lite.py` printed, to compare them.
+"""Draw the training curve of `vit_t_lite` from what `train_vit_t_lite.py` printed.
 
-    python finetuning/plot_training.py --logs muon.log adamw.log --names Muon AdamW --output curves.png
+    python finetuning/plot_training.py LOG --epoch-length 50 --output doc/images/vit_t_lite_training.png
 """
 
 import argparse
@@ -11,34 +11,29 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
-PARTS = ("instance decoder (sum of three)", "masks from a point", "masks from a box")
-PATTERNS = {
-    "held out": (r"held out: \[(.*?)\]\s+(\d+) iterations", "o-"),
-    "training": (r"decoder, point, box: \[(.*?)\][^\[]*\[[^\]]*\]\s+(\d+) iterations", "x:"),
-}
+NAMES = ("instance decoder (sum of three)", "masks from a point", "masks from a box")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logs", type=Path, nargs="+", required=True)
-    parser.add_argument("--names", nargs="+", required=True, help="of the runs, one for each log")
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--epoch-length", type=int, default=50)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    figure, axes = plt.subplots(1, len(PARTS), figsize=(9, 3.2), sharex=True, constrained_layout=True)
-    for color, (log, name) in enumerate(zip(args.logs, args.names, strict=True)):
-        text = log.read_text(errors="replace")
-        for kind, (pattern, style) in PATTERNS.items():
-            found = re.findall(pattern, text)
-            iterations = [int(iteration) for _, iteration in found]
-            for axis, values in zip(axes, zip(*(map(float, row.split(",")) for row, _ in found))):
-                axis.plot(iterations, values, style, color=f"C{color}", label=f"{name}, {kind}")
-    for axis, part in zip(axes, PARTS):
-        axis.set(title=part, xlabel="iteration")
-    axes[0].set(ylabel="Dice loss")
-    axes[0].legend(frameon=False, fontsize="small")
-    figure.savefig(args.output, dpi=110)
+    text = args.log.read_text(errors="replace")
+    figure, axis = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
+    for pattern, style in ((r"held out: \[(.*?)\]", "o-"), (r"train: decoder, point, box: \[(.*?)\]", ":")):
+        rows = np.array([[float(v) for v in row.split(",")] for row in re.findall(pattern, text)])
+        iterations = args.epoch_length * np.arange(1, len(rows) + 1)
+        for k, name in enumerate(NAMES):
+            label = name if style == "o-" else None
+            axis.plot(iterations, rows[:, k], style, color=f"C{k}", markersize=3, label=label)
+    axis.set(xlabel="iteration", ylabel="Dice loss (dots: held out, dotted: training)", ylim=(0, 0.9))
+    axis.legend(frameon=False)
+    figure.savefig(args.output, dpi=120)
 
 
 if __name__ == "__main__":
