@@ -15,6 +15,7 @@ import micro_sam
 from micro_sam.cli import annotators
 from micro_sam.cli.annotators import main_2d, main_3d, main_series, main_tracking
 from micro_sam.core.output import write_labels
+from micro_sam.core.settings import PRECISION_VARIABLE, get_precision
 from micro_sam.models.specs import SHIPPED_MODEL
 
 MAINS = {"2d": main_2d, "3d": main_3d, "tracking": main_tracking, "series": main_series}
@@ -110,6 +111,15 @@ def test_2d(run, launched, files, tmp_path, cells_image, cells_labels):
     assert (call["tile_shape"], call["halo"], call["model_type"]) == ((64, 80), (8, 16), "vit_b")
     assert (call["prefer_decoder"], call["precompute_amg_state"]) == (False, True)
     assert call["embedding_path"] == str(tmp_path / "e" / "x.zarr"), "as precompute_embeddings names it"
+
+
+@pytest.mark.parametrize("command", MAINS)
+def test_precision_holds_for_all_models_of_the_session(run, launched, files, tmp_path, monkeypatch, command):
+    monkeypatch.setenv(PRECISION_VARIABLE, "float32")
+    image = {"2d": "plane.tif", "series": "."}.get(command, "stack.tif")
+    output = ["-o", tmp_path / "out"] if command == "series" else []
+    code, _, err = run(command, "-i", files / image, *output, "--precision", "bfloat16")
+    assert (code, get_precision()) == (0, "bfloat16"), err
 
 
 def test_checkpoint_tells_its_architecture(run, launched, files, tiny_checkpoint):

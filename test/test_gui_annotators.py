@@ -118,6 +118,7 @@ def test_2d_from_the_first_click_to_the_saved_file_and_back(open_annotator, tmp_
     again.objects_panel.refresh()
     again.objects_panel.select([1])
     again.objects_panel.correct()
+    assert again.notices.history[-1].text.startswith("Correcting object 1:")
     views = again.views
     views["prompts"].add_rectangles(box_of(expected, 1))
     settle(again)

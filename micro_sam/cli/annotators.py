@@ -13,7 +13,8 @@ from typing import Any
 
 from .._version import __version__
 from ..core.errors import InvalidInputError, MissingFileError, MissingPackageError, UnsupportedError
-from ._common import OK, Parser, input_choice, parse_tile_shape, run_command
+from ..core.settings import PRECISION_VARIABLE
+from ._common import OK, Parser, add_precision_option, input_choice, parse_tile_shape, run_command
 
 _EXIT_CODES = (
     "exit codes: 0 napari was closed; 2 the command cannot be run as given (options, input, no napari or screen); "
@@ -115,6 +116,7 @@ def _add_model_options(parser: Parser, has_decoder_path: bool = True, has_decode
         group.add_argument("--no_decoder", action="store_true", help="segment automatically without the decoder")
         group.add_argument("--prefer_decoder", action="store_true", help=argparse.SUPPRESS)
     group.add_argument("-d", "--device", help="cuda, cuda:1, mps or cpu; default: the best one")
+    add_precision_option(group)
     group.add_argument("--tile_shape", nargs="+", metavar="N", help="tile shape in pixels: Y X; default: no tiles")
     group.add_argument("--halo", nargs="+", metavar="N", help="overlap of the tiles in pixels: Y X")
     group.add_argument(
@@ -152,6 +154,9 @@ def _main(parser: Parser, argv: Sequence[str] | None, run: Callable[[argparse.Na
     def body() -> int:
         _check_options(args)
         _require_gui()
+        if args.precision is not None:
+            # The launch functions keep their documented signatures; and so it also holds for models loaded later.
+            os.environ[PRECISION_VARIABLE] = args.precision
         return run(args)
 
     return run_command(body, args.verbose)

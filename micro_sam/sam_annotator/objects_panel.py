@@ -176,7 +176,11 @@ class ObjectsPanel(Panel):
             self.annotator.notices.warning("Select one object in the table to correct it.")
             return
         self.show(ids[0])
-        self.annotator.attempt(lambda: self.annotator.session.start_correction(ids[0]))
+        self.annotator.attempt(self._start_correction, ids[0])
+
+    def _start_correction(self, object_id: int) -> None:
+        self.annotator.session.start_correction(object_id)
+        self.annotator.notices.info(f"Correcting object {object_id}: give prompts or paint it; Commit replaces it.")
 
     def delete(self) -> None:
         for object_id in self.selected:
