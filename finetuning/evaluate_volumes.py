@@ -22,6 +22,7 @@ import tifffile
 import micro_sam
 from micro_sam.evaluation.metrics import segmentation_scores
 from micro_sam.evaluation.multi_dimensional_segmentation import segment_slices_from_ground_truth
+from micro_sam.segmentation.workflow import load_model
 
 # Those of the annotator, see `propagate_objects`.
 FOLLOW = {
@@ -37,8 +38,10 @@ def run(folder: Path, task: str, model: str) -> dict:
     if task == "automatic":
         labels = micro_sam.segment(volume, model=model, min_z_extent=2, device="cpu", batch_size=2)
     else:
+        predictor = load_model(model, device="cpu").for_prompts(volume.shape[-2:]).predictor
         _, labels = segment_slices_from_ground_truth(
-            volume, truth, model, prompt_slice="largest", device="cpu", batch_size=2, return_segmentation=True, **FOLLOW
+            volume, truth, model, prompt_slice="largest", predictor=predictor, batch_size=2, return_segmentation=True,
+            **FOLLOW,
         )
     seconds = time.perf_counter() - start
     scores = segmentation_scores(labels, truth)

@@ -192,6 +192,7 @@ def precompute_steps(
         batch_size: Planes or tiles per call of the encoder.
         overwrite: Whether to replace what was computed with other settings.
     """
+    model = model.for_prompts(image.shape[-2:], tile_shape, halo, None if overwrite else store)
     embeddings = yield from embedding_steps(
         model.predictor, image.data, store, lazy_loading=True, ndim=image.ndim, tile_shape=tile_shape,
         halo=halo if tile_shape is not None else None, batch_size=batch_size, overwrite=overwrite,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.measure import regionprops
 
 from micro_sam.annotation import opening, tasks
 from micro_sam.annotation.geometry import AnnotationImage
@@ -17,11 +18,17 @@ from micro_sam.annotation.replay import replay
 from micro_sam.annotation.segment import without_specks
 from micro_sam.annotation.session import AUTO, COMMITTED, CURRENT, LAYERS, AnnotationSession
 from micro_sam.core.errors import InvalidInputError, MicroSamError, NotInitializedError
+from micro_sam.core.image import LazyImage
 from micro_sam.core.masks import crop_mask
 from micro_sam.core.output import read_labels
 from micro_sam.core.progress import drain
 from micro_sam.editing.refine import refine_mask
-from micro_sam.segmentation.workflow import LoadedModel
+from micro_sam.embeddings.encode import precompute_image_embeddings
+from micro_sam.embeddings.store import stored_canvas
+from micro_sam.evaluation.metrics import mask_iou
+from micro_sam.models.specs import SHIPPED_MODEL
+from micro_sam.precompute_state import precompute_steps
+from micro_sam.segmentation.workflow import LoadedModel, load_model
 
 
 @pytest.fixture
@@ -384,6 +391,26 @@ def test_automatic_segmentation_of_one_plane_keeps_that_of_the_others(cache, tin
     assert {i: editor.planes(i) for i in editor.ids} == {1: [1], 2: [3]}
     assert len(session.commit(AUTO).ids) == 2
     assert not session.labels[AUTO].any()
+
+
+def test_the_shipped_model_looks_at_small_images_on_a_canvas_that_suits_them(tmp_path, cells_image, cells_labels):
+    """But embeddings that are there already are used as they are."""
+    image = np.ascontiguousarray(cells_image[:96, :96])
+    own = load_model(SHIPPED_MODEL, device="cpu")
+    stores = [tmp_path / name for name in ("new.zarr", "of_the_command.zarr", "of_python.zarr")]
+    drain(precompute_steps(own, LazyImage(image, "YX"), stores[1]))
+    precompute_image_embeddings(own.predictor, image, stores[2], ndim=2, verbose=False)
+    ious = []
+    for store, canvas in zip(stores, (256, 256, 512)):
+        session = AnnotationSession(AnnotationImage.create(image, mode="2d"), mode="2d")
+        session.run(tasks.open_model(session, SHIPPED_MODEL, device="cpu", save_path=str(store)))
+        assert (session.model.canvas, stored_canvas(store)) == (canvas, canvas)
+        assert session.model.decoder is not None
+        region = max(regionprops(cells_labels[:96, :96]), key=lambda r: r.area)
+        session.set_prompts(Prompts((PointPrompt(region.centroid, True),)))
+        session.run(tasks.segment(session))
+        ious.append(mask_iou(session.labels[CURRENT] > 0, cells_labels[:96, :96] == region.label))
+    assert ious[0] == ious[1] > max(0.6, ious[2] + 0.05)
 
 
 def _open(session, predictor, plane=None):

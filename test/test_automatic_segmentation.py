@@ -81,10 +81,22 @@ def test_tiled_one_liner_is_the_tiled_segmenter(cells_image, tiled_ais, tiny_che
         ((300, 513), None, Strategy(1024, normalization="image")),
         ((1024, 1025), "auto", Strategy(1024, (768, 768), (128, 128), "image")),
         ((1024, 1025), (384, 384), Strategy(512, (384, 384), (48, 48), "image")),
+        ((256, 200), "auto", Strategy(512, normalization="image")),
+        ((100, 61), "auto", Strategy(256, normalization="image")),
+        ((20, 30), "auto", Strategy(128, normalization="image")),
+        ((300, 513), (64, 64), Strategy(192, (64, 64), (8, 8), "image")),
     ],
 )
 def test_strategy_of_the_shipped_model(shape, tile_shape, expected):
     assert choose_strategy(SHIPPED_MODEL, 512, shape, tile_shape) == expected
+
+
+@pytest.mark.parametrize(("shape", "canvas", "tile"), [((100, 61), 256, None), ((1024, 1024), 512, None),
+                                                       ((900, 1025), 512, (384, 384))])
+@pytest.mark.parametrize("mode", ["apg", "amg"])
+def test_prompts_of_the_shipped_model_never_get_a_larger_canvas(mode, shape, canvas, tile):
+    strategy = choose_strategy(SHIPPED_MODEL, 512, shape, mode=mode)
+    assert (strategy.canvas, strategy.tile_shape, strategy.normalization) == (canvas, tile, "tile")
 
 
 def test_strategy_of_other_models():
@@ -136,8 +148,8 @@ def test_amg_of_the_shipped_model_has_thresholds_of_its_own(cells_image):
     model = workflow.load_model("vit_t_lite", device="cpu", mode="amg")
     plan = workflow.plan_image(model, cells_image.shape, "auto", None, {}, "vit_t_lite")
     assert plan.work["pred_iou_thresh"] < 0.88
-    assert segment(cells_image, "vit_t_lite", "amg", device="cpu", points_per_side=6).max() > 0
-    assert segment(cells_image, "vit_t_lite", "amg", device="cpu", points_per_side=6, pred_iou_thresh=0.999).max() == 0
+    assert segment(cells_image, "vit_t_lite", "amg", device="cpu", points_per_side=8).max() > 0
+    assert segment(cells_image, "vit_t_lite", "amg", device="cpu", points_per_side=8, pred_iou_thresh=0.999).max() == 0
 
 
 def test_model_without_prompts(cells_image, monkeypatch):

@@ -34,6 +34,7 @@ from micro_sam.models.build_sam import build_sam
 from micro_sam.models.loading import get_predictor_and_decoder, get_sam_model
 from micro_sam.models.registry import list_models
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder
+from micro_sam.segmentation.workflow import load_model
 
 FILES = {
     "rdf.yaml", "vit_t.pt", "predictor_adaptor.py", "environment.yaml", "documentation.md", "cover.jpeg", "input.npy",
@@ -586,12 +587,15 @@ def test_the_model_that_ships(cells_image, cells_labels, tmp_path, local_models)
     truth = cells_labels == 2
     assert _iou(_read(path, "mask.npy")[0, 1, 0] > 0, truth) > 0.5
 
-    # Another name has other default thresholds, so they are passed.
+    # Another name has other default thresholds, so they are passed; and the canvas is always that of the weights.
     import_model(path, "lite_again")
-    options = {"mode": "ais", "min_size": 25, "center_distance_threshold": 0.6, "boundary_distance_threshold": 0.6}
-    found, expected = (
-        segment(cells_image, model=name, distance_smoothing=1.0, **options) for name in ("lite_again", "vit_t_lite")
-    )
+    options = {
+        "min_size": 25, "center_distance_threshold": 0.6, "boundary_distance_threshold": 0.6, "distance_smoothing": 1.0,
+    }
+    found = segment(cells_image, model="lite_again", mode="ais", **options)
+    segmenter = load_model("vit_t_lite", device="cpu", mode="ais").segmenter(False)
+    segmenter.initialize(cells_image)
+    expected = segmenter.generate(**options)
     assert expected.max() > 10
     np.testing.assert_array_equal(found, expected)
     adaptor = PredictorAdaptor("vit_t")

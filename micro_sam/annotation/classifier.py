@@ -242,12 +242,14 @@ class ClassifierSession:
             if model is None:
                 yield Step(0, 1, f"Load model {name or checkpoint}")
                 model = (load or load_model)(name, checkpoint, device)
+            store = None if save_path == "auto" else save_path
+            predictor = model.for_prompts(image.shape[-2:], tile_shape, halo, store).predictor
             embeddings = yield from embedding_steps(
-                model.predictor, image.data, save_path, lazy_loading=save_path is not None, ndim=image.ndim,
+                predictor, image.data, save_path, lazy_loading=save_path is not None, ndim=image.ndim,
                 tile_shape=tile_shape, halo=halo,
             )
             yield Step(0, 1, "Identify the image")
-            identity = str(sorted(model_identity(model.predictor).items()))
+            identity = str(sorted(model_identity(predictor).items()))
             return model, embeddings, f"{compute_data_signature(image.data)} {identity} {tile_shape} {halo}", identity
 
         def apply(found: Any) -> None:

@@ -160,7 +160,8 @@ def resolve_path(save_path: str | os.PathLike, signature: Signature, dtype: str 
     # The model's name and the version of the package do not matter.
     attrs = signature.to_attributes()
     key = {name: attrs[name] for name in attrs if name not in ("data_signature", "model_name", "micro_sam_version")}
-    return auto_cache_path({**key, "dtype": dtype or "float32"}), True
+    key |= {"dtype": dtype or "float32", "feature_shape": list(signature.feature_shape)}
+    return auto_cache_path(key), True
 
 
 def _cached(path: Path, signature: Signature, dtype: str | None, overwrite: bool) -> zarr.Group | None:

@@ -22,6 +22,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.errors import ContainsGroupError
 
 from ..core.errors import EmbeddingCacheError, OutputWriteError
+from ..models.build_sam import PATCH_SIZE
 from .features import ImageEmbeddings, read_error
 from .lock import locked
 from .memory import feature_shape, tiling_attrs
@@ -151,6 +152,17 @@ def describe_layout(group: zarr.Group, path: Path) -> dict[str, Any]:
         layout["feature_shape"] = list(array.shape[-3:])
         layout["depth"] = array.shape[0] if array.ndim == 5 else None
     return layout
+
+
+def stored_canvas(path: Path) -> int | None:
+    """Side in pixels of the canvas on which the embeddings at a path were computed; None if there are none.
+
+    Raises:
+        EmbeddingCacheError: If something else is at that path, or the metadata are damaged.
+    """
+    group = open_cache(path)
+    shape = None if group is None else describe_layout(group, path).get("feature_shape")
+    return None if shape is None else PATCH_SIZE * shape[-1]
 
 
 # Writing

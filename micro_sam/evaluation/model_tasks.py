@@ -158,7 +158,7 @@ class ModelTasks:
             settings = image_settings(plan.model.predictor, plan.segmenter, image, {}, plan.work)
         else:
             settings = {
-                **model_settings(self.model.predictor), "canvas": self.model.canvas, "prompt": task,
+                **model_settings(self.model.predictor), "canvas": self._for_prompts(image).canvas, "prompt": task,
                 "image": compute_data_signature(image.data), "n_iterations": self.n_iterations,
                 "n_objects": self.n_objects, "seed": _SEED,
             }
@@ -187,12 +187,15 @@ class ModelTasks:
         found, _ = yield from steps
         return [segmentation_scores(np.asarray(found), truth)]
 
+    def _for_prompts(self, image: LazyImage) -> LoadedModel:
+        return self.model.for_prompts(image.shape[-2:])
+
     def _prompted(self, task: str, image: LazyImage, truth: np.ndarray, embeddings: Path) -> Steps[list[dict]]:
         ids = choose_objects(truth, self.n_objects)
         if len(ids) == 0:
             return []
-        predictor, (start, use_masks) = self.model.predictor, PROMPTS[task]
-        path = _embedding_path(embeddings, self.model.canvas, (None, None, None))
+        model, (start, use_masks) = self._for_prompts(image), PROMPTS[task]
+        predictor, path = model.predictor, _embedding_path(embeddings, model.canvas, (None, None, None))
         computed = yield from embedding_steps(predictor, image.read(), path, ndim=2)
         masks: list[list[dict]] = [[] for _ in range(self.n_iterations)]
         ious: list[list[float]] = [[] for _ in range(self.n_iterations)]

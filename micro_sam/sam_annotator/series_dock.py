@@ -216,7 +216,9 @@ class SeriesDock(QWidget):
         def steps():
             found = series.open(following)
             image = AnnotationImage.create(found.data, mode=mode, rgb=found.has_channels or None, name=following.name)
-            yield from EmbeddingSource(loaded, image, save_path=save_path, **tiling).prepare_steps()
+            store = None if save_path == "auto" else save_path
+            model = loaded.for_prompts(image.plane_shape, **tiling, store=store)
+            yield from EmbeddingSource(model, image, save_path=save_path, **tiling).prepare_steps()
 
         # An image that cannot be read says so when it is shown.
         self.annotator.runner.start(
