@@ -34,6 +34,7 @@ from micro_sam.models.mask_decoder import predict_low_res
 from micro_sam.prompt_generators import IterativePromptGenerator, PointAndBoxPromptGenerator
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
 from micro_sam.segmentation.apg import AutomaticPromptGenerator
+from micro_sam.segmentation.workflow import choose_strategy
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05).round(2)
 WEIGHTS = Path(__file__).parent.parent / "micro_sam/models/weights/vit_t_lite.pt"
@@ -80,7 +81,7 @@ def read_data(folder: Path, names: set[str] | None) -> Iterator[tuple[str, np.nd
 
 
 class Model:
-    """The network with a canvas of 512 or of 1024 pixels, plain or tiled."""
+    """The network with a canvas of any size, plain or tiled."""
 
     def __init__(self, path: Path, mode: str):
         self.path, self.mode = path, mode
@@ -106,7 +107,8 @@ class Model:
                 return segmenter
             strategy = str(size)
         kind = {"ais": InstanceSegmentationWithDecoder, "apg": AutomaticPromptGenerator}[self.mode]
-        size = (512 if max(image.shape[:2]) <= 512 else 1024) if strategy == "auto" else int(strategy)
+        auto = choose_strategy("vit_t_lite", 512, image.shape[:2], None, mode=self.mode).canvas
+        size = auto if strategy == "auto" else int(strategy)
         segmenter = kind(*self.load(size))
         segmenter.initialize(image)
         return segmenter
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--canvas", type=int, default=512, help="for prompts; that of the model as it is loaded is 512")
     parser.add_argument("--objects", type=int, default=25, help="for prompts: about so many objects per image")
-    parser.add_argument("--strategy", default="auto", help="a canvas, auto (512 or 1024), or tiled:CANVAS:TILE:HALO")
+    parser.add_argument("--strategy", default="auto", help="a canvas, auto, or tiled:CANVAS:TILE:HALO")
     parser.add_argument("--larger-than", type=int, default=0, help="only images with a longer side than this")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON with arguments of generate")
     parser.add_argument("--tune", action="store_true", help="search the thresholds (not on data to be reported)")

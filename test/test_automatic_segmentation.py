@@ -76,12 +76,12 @@ def test_tiled_one_liner_is_the_tiled_segmenter(cells_image, tiled_ais, tiny_che
 @pytest.mark.parametrize(
     ("shape", "tile_shape", "expected"),
     [
-        ((512, 512), "auto", Strategy(512, normalization="image")),
+        ((512, 512), "auto", Strategy(640, normalization="image")),
         ((300, 513), "auto", Strategy(1024, normalization="image")),
         ((300, 513), None, Strategy(1024, normalization="image")),
         ((1024, 1025), "auto", Strategy(1024, (768, 768), (128, 128), "image")),
-        ((1024, 1025), (384, 384), Strategy(512, (384, 384), (48, 48), "image")),
-        ((256, 200), "auto", Strategy(512, normalization="image")),
+        ((1024, 1025), (384, 384), Strategy(640, (384, 384), (48, 48), "image")),
+        ((256, 200), "auto", Strategy(640, normalization="image")),
         ((100, 61), "auto", Strategy(256, normalization="image")),
         ((20, 30), "auto", Strategy(128, normalization="image")),
         ((300, 513), (64, 64), Strategy(192, (64, 64), (8, 8), "image")),

@@ -42,6 +42,7 @@ BLOCK_WATERSHED_PIXELS = 4096**2
 
 # Of `vit_t_lite`: its training mostly enlarged images less than 2.7 fold.
 _ENLARGEMENT, _SMALLEST_CANVAS, _CANVAS_STEP = 2.5, 128, 64
+_AIS_CANVAS = 1.25  # of its own canvas, for images up to that size
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,12 @@ def choose_strategy(
 ) -> Strategy:
     """Choose canvas and tiles for an image.
 
-    `vit_t_lite` was trained for a canvas of 512 pixels, and its decoder also works with 1024, for images larger than
-    512; still larger ones are cut into tiles, which are all normalised alike. On held-out images of 520 x 696 pixels
-    its accuracy (mSA) is 0.66 with the larger canvas, 0.48 with the smaller one, and 0.57 with tiles of 384 pixels seen
-    at full resolution. It does not know objects in small images that are enlarged to its canvas, so these get a canvas
-    of 2.5 times their size: pieces of 100 x 100 pixels of held-out images have 0.51 instead of 0.37.
+    `vit_t_lite` was trained for a canvas of 512 pixels, and its decoder works better with larger ones: 640 for images
+    up to 512 x 512, and 1024 for larger ones; still larger ones are cut into tiles, which are all normalised alike. On
+    held-out images of 520 x 696 pixels its accuracy (mSA) is 0.66 with 1024, 0.48 with 512, and 0.57 with tiles of 384
+    pixels seen at full resolution; on those up to 512 x 512 it is 0.53 with 640 and 0.51 with 512. It does not know
+    objects as large as those in small images that fill its canvas, so these get one of 2.5 times their size: pieces of
+    100 x 100 pixels of held-out images have 0.51 instead of 0.37.
     Other models keep their canvas; they were trained with shrunk images, so tiles start at twice the canvas.
 
     Args:
@@ -91,23 +93,24 @@ def choose_strategy(
         InvalidInputError: If tile shape or halo are not two integers.
     """
     is_lite, own = model_name == SHIPPED_MODEL, canvas
-    is_doubled = is_lite and mode == "ais"
-    if is_doubled:
+    is_ais = is_lite and mode == "ais"
+    if is_ais:
         canvas = 2 * canvas
     if isinstance(tile_shape, str):
         if tile_shape != "auto":
             raise InvalidInputError(f"tile_shape must be two integers (y, x), None or 'auto', but is {tile_shape!r}.")
         margin = canvas // 8
-        tile_shape = (canvas - 2 * margin,) * 2 if max(shape) > (canvas if is_doubled else 2 * canvas) else None
+        tile_shape = (canvas - 2 * margin,) * 2 if max(shape) > (canvas if is_ais else 2 * canvas) else None
         halo = (margin, margin) if halo is None else halo
     tiling = None if tile_shape is None else TileSpec.create(shape, tile_shape, halo)
     if not is_lite:
         return Strategy(None, tiling and tiling.tile_shape, tiling and tiling.halo)
     seen = max(shape) if tiling is None else max(max(tile.outer_shape) for tile in tiling)
     if seen <= own:
-        canvas = min(own, max(_SMALLEST_CANVAS, _CANVAS_STEP * round(_ENLARGEMENT * seen / _CANVAS_STEP)))
+        largest = round(_AIS_CANVAS * own) if is_ais else own
+        canvas = min(largest, max(_SMALLEST_CANVAS, _CANVAS_STEP * round(_ENLARGEMENT * seen / _CANVAS_STEP)))
     return Strategy(
-        canvas, tiling and tiling.tile_shape, tiling and tiling.halo, "image" if is_doubled else "tile"
+        canvas, tiling and tiling.tile_shape, tiling and tiling.halo, "image" if is_ais else "tile"
     )
 
 
