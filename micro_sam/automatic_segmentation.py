@@ -381,7 +381,8 @@ def segment(
     _note_stack(opened)
     volume_options, generate_kwargs = split_options(generate_kwargs, opened.ndim)
     loaded = load_model(model, checkpoint, device, mode, precision)
-    plan = plan_image(loaded, opened.shape[-2:], tile_shape, halo, generate_kwargs, None if checkpoint else model)
+    name = None if checkpoint else model
+    plan = plan_image(loaded, opened.shape[-2:], tile_shape, halo, generate_kwargs, name, embedding_path)
     steps = image_steps(
         plan.model.predictor, plan.segmenter, opened, volume_options, plan.work, embedding_path=embedding_path,
         batch_size=batch_size,

@@ -24,9 +24,13 @@ from micro_sam.core.errors import (
     UnknownModelError,
     UnsupportedError,
 )
+from micro_sam.core.image import LazyImage
 from micro_sam.core.output import read_record
+from micro_sam.core.progress import drain
+from micro_sam.embeddings.store import stored_canvas
 from micro_sam.models import registry
 from micro_sam.models.specs import SHIPPED_MODEL
+from micro_sam.precompute_state import precompute_steps
 from micro_sam.segmentation import workflow
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
 from micro_sam.segmentation.settings import mode_of
@@ -116,6 +120,20 @@ def test_shipped_model_with_another_canvas(rgb_image):
     assert workflow.plan_image(model, (600, 600), "auto", None, {}, SHIPPED_MODEL).model is plan.model
     labels = segment(rgb_image, SHIPPED_MODEL, device="cpu")
     assert labels.max() > 3, "nuclei are found"
+
+
+def test_embeddings_that_are_there_are_used_with_their_canvas(cells_image, tmp_path):
+    """Those computed ahead of time are for prompts, which have another canvas."""
+    image, store = np.tile(cells_image, (2, 2)), tmp_path / "e.zarr"
+    model = workflow.load_model(SHIPPED_MODEL, device="cpu", mode="ais")
+    drain(precompute_steps(model, LazyImage(image, "YX"), store), verbose=False)
+    labels = segment(image, SHIPPED_MODEL, "ais", device="cpu", embedding_path=store)
+    assert stored_canvas(store) == model.canvas == 512
+    segmenter = model.segmenter(False)
+    segmenter.initialize(image)
+    np.testing.assert_array_equal(labels, segmenter.generate(**workflow.default_options(SHIPPED_MODEL, "ais")))
+    segment(image, SHIPPED_MODEL, "ais", device="cpu", embedding_path=tmp_path / "new.zarr")
+    assert stored_canvas(tmp_path / "new.zarr") == 640
 
 
 def test_large_image_is_tiled_by_itself(cells_image, tiny_checkpoint):

@@ -242,8 +242,7 @@ class ClassifierSession:
             if model is None:
                 yield Step(0, 1, f"Load model {name or checkpoint}")
                 model = (load or load_model)(name, checkpoint, device)
-            store = None if save_path == "auto" else save_path
-            predictor = model.for_prompts(image.shape[-2:], tile_shape, halo, store).predictor
+            predictor = model.for_prompts(image.shape[-2:], tile_shape, halo, save_path).predictor
             embeddings = yield from embedding_steps(
                 predictor, image.data, save_path, lazy_loading=save_path is not None, ndim=image.ndim,
                 tile_shape=tile_shape, halo=halo,

@@ -77,8 +77,7 @@ def open_model(
         if embeddings is not None:
             source = EmbeddingSource.from_embeddings(model, session.image, embeddings)
         else:
-            store = None if save_path == "auto" else save_path
-            model = model.for_prompts(session.image.plane_shape, tile_shape, halo, store)
+            model = model.for_prompts(session.image.plane_shape, tile_shape, halo, save_path)
             # One contrast for all tiles leaves no seams; stores of other commands have one for each tile.
             normalization = "image" if tile_shape is not None and save_path == "auto" else "tile"
             source = EmbeddingSource(

@@ -227,7 +227,8 @@ def _run(parser: Parser, args: argparse.Namespace, extra: Sequence[str]) -> int:
 
     def work(n: int, result: Result) -> str:
         image = _open(args, result)
-        plan = plan_image(model, image.shape[-2:], tile_shape, args.halo, options, None if spec is None else spec.name)
+        name = None if spec is None else spec.name
+        plan = plan_image(model, image.shape[-2:], tile_shape, args.halo, options, name, embedding_paths[n])
         run = _track if args.tracking else _segment
         return run(plan, image, result, embedding_paths[n], args, console, report)
 

@@ -216,8 +216,7 @@ class SeriesDock(QWidget):
         def steps():
             found = series.open(following)
             image = AnnotationImage.create(found.data, mode=mode, rgb=found.has_channels or None, name=following.name)
-            store = None if save_path == "auto" else save_path
-            model = loaded.for_prompts(image.plane_shape, **tiling, store=store)
+            model = loaded.for_prompts(image.plane_shape, **tiling, store=save_path)
             yield from EmbeddingSource(model, image, save_path=save_path, **tiling).prepare_steps()
 
         # An image that cannot be read says so when it is shown.

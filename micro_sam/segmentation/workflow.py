@@ -163,6 +163,10 @@ def find_model(model_type: str | None, checkpoint: str | os.PathLike | None, mod
     return spec
 
 
+def _canvas_of_store(store: str | os.PathLike | None) -> int | None:
+    return None if store in (None, "auto") else stored_canvas(Path(store).expanduser())
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A predictor with its decoder and the mode to segment with; gives segmenters for plain and tiled images."""
@@ -199,15 +203,13 @@ class LoadedModel:
             shape: Shape (Y, X) of the image.
             tile_shape: Tile shape (y, x) in pixels; None for no tiles.
             halo: Overlap (y, x) of the tiles in pixels.
-            store: Folder of the embeddings. If there are some, their canvas is taken.
+            store: Where the embeddings are kept. If there are some, their canvas is taken; not in the automatic cache.
         """
         name = None if self.source.get("checkpoint") is not None else self.source.get("model_type")
         if name != SHIPPED_MODEL:
             return self
-        canvas = None if store is None else stored_canvas(Path(store).expanduser())
-        return self.at_canvas(
-            canvas or choose_strategy(name, self.canvas, shape, tile_shape, halo, mode="prompts").canvas
-        )
+        strategy = choose_strategy(name, self.canvas, shape, tile_shape, halo, mode="prompts")
+        return self.at_canvas(_canvas_of_store(store) or strategy.canvas)
 
     def segmenter(self, tiled: bool, **kwargs: Any) -> Segmenter:
         """Create a segmenter; `kwargs` are the options of its class."""
@@ -284,14 +286,18 @@ def plan_image(
     halo: Sequence[int] | None,
     options: Mapping[str, Any],
     model_name: str | None,
+    store: str | os.PathLike | None = None,
 ) -> ImagePlan:
     """Decide for an image of a shape (Y, X) about tiles, and split options into those of the class and of `generate`.
+
+    Embeddings of the model that ships that are kept in `store` are used with their canvas.
 
     Raises:
         InvalidInputError: For unknown options, with the nearest names.
     """
     strategy = choose_strategy(model_name, model.canvas, shape, tile_shape, halo, model.mode)
-    model = model.at_canvas(strategy.canvas)
+    kept = _canvas_of_store(store) if model_name == SHIPPED_MODEL else None
+    model = model.at_canvas(kept or strategy.canvas)
     tiled = strategy.tile_shape is not None
     of_class, of_generate = init_options(model.mode, tiled), generate_options(model.mode, tiled)
     check_options(options, {**of_class, **of_generate}, f"the segmentation mode {model.mode!r}")
