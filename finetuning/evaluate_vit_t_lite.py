@@ -107,8 +107,10 @@ class Model:
                 return segmenter
             strategy = str(size)
         kind = {"ais": InstanceSegmentationWithDecoder, "apg": AutomaticPromptGenerator}[self.mode]
-        auto = choose_strategy("vit_t_lite", 512, image.shape[:2], None, mode=self.mode).canvas
-        size = auto if strategy == "auto" else int(strategy)
+        if strategy == "auto":
+            size = choose_strategy("vit_t_lite", 512, image.shape[:2], None, mode=self.mode).canvas
+        else:
+            size = int(strategy)
         segmenter = kind(*self.load(size))
         segmenter.initialize(image)
         return segmenter
