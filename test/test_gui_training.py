@@ -84,7 +84,7 @@ def test_the_form_shows_and_gives_all_values(viewer, widget, tmp_path):
     form = fields.values()
     assert (form.images, form.name, form.patch_shape) == (str(tmp_path / "images"), "mine", (96, 96))
     assert (form.model_type, form.configuration, form.n_iterations, form.device) == (None, "Minimal", 2, None)
-    assert not form.checkpoint_encoder
+    assert form.checkpoint_encoder is None
     fields.checkpoint_encoder.setChecked(True)
     assert fields.values().checkpoint_encoder
     assert fields.configuration.itemText(0).startswith("auto (")

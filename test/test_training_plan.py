@@ -96,6 +96,7 @@ def test_arguments_of_the_job(form):
     assert (job.options["n_epochs"], job.options["device"], job.options["n_sub_iteration"]) == (7, "cpu", 4)
     assert "n_iterations" not in job.options
     assert [plan_training(replace(form, checkpoint_encoder=c)).options["checkpoint_encoder"] for c in (0, 1)] == [0, 1]
+    assert "checkpoint_encoder" not in job.options, "the training chooses"
     assert len(job.data.val.raw_paths) == 1
     assert Path(plan_training(replace(form, save_root=None)).folder).is_absolute()
 

@@ -9,7 +9,7 @@ import pytest
 
 from micro_sam.core.errors import InvalidInputError, UnknownModelError
 from micro_sam.core.progress import Step
-from micro_sam.training.costs import estimate_costs, measure_speed
+from micro_sam.training.costs import computes_twice, estimate_costs, measure_speed
 from micro_sam.training.preflight import preflight, preflight_steps
 
 MACHINE = {"gflop_per_second": 100.0, "available_bytes": 64e9, "device": "cpu", "verbose": False}
@@ -175,6 +175,9 @@ def test_costs_follow_the_counted_operations():
     assert plain.memory_bytes - twice.memory_bytes == pytest.approx(5.4e9, rel=0.05)
     with pytest.raises(UnknownModelError, match="vit_x"):
         estimate_costs("vit_x")
+    choices = [(None, "vit_b_lm", "cpu"), (None, "vit_t_lite", "cpu"), (None, "vit_b", "cuda"),
+               (False, "vit_b", "cpu"), (True, "vit_t", "cuda")]
+    assert [computes_twice(*choice) for choice in choices] == [True, False, False, False, True]
     assert measure_speed("cpu") > 0.1
 
 

@@ -116,7 +116,8 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "--gradient_accumulation_steps", type=int, default=1, metavar="N", help="batches per update; default: 1"
     )
     group.add_argument(
-        "--checkpoint_encoder", action="store_true", help="compute encoder and decoder twice, to need less memory"
+        "--checkpoint_encoder", action=argparse.BooleanOptionalAction, default=None,
+        help="compute encoder and decoder twice, to need less memory; default: on a CPU, except for vit_t",
     )
     group.add_argument(
         "--save_every", type=int, metavar="N", help="also save every N steps, so that less is lost if it is stopped"

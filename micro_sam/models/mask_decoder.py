@@ -123,7 +123,8 @@ def _upscale(upscaling: nn.Sequential, image: Tensor) -> Tensor:
     def unfold(conv, x):
         # weight (C, c, ky, kx) -> (ky, kx, c) outputs per token
         weight = conv.weight.permute(2, 3, 1, 0).reshape(-1, conv.in_channels)
-        return F.linear(x, weight, conv.bias.repeat(4)).reshape(*x.shape[:-1], 4, conv.out_channels)
+        # The bias is added in place, as `linear` would first copy it into the whole result.
+        return F.linear(x, weight).add_(conv.bias.repeat(4)).reshape(*x.shape[:-1], 4, conv.out_channels)
 
     x = unfold(first, image)
     x = activation(F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps))

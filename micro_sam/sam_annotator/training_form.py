@@ -123,7 +123,10 @@ class TrainingFields(QWidget):
             0, 0, 1_000_000, special="by epochs", tooltip="Train for so many steps, instead of a number of epochs."
         ))
         self.checkpoint_encoder = QCheckBox("Take longer, to need less memory (checkpoint_encoder)")
-        self.checkpoint_encoder.setToolTip("Compute twice what would take memory. The result is the same.")
+        self.checkpoint_encoder.setToolTip(
+            "Compute twice what would take memory. The result is the same. Without a GPU, models larger than tiny "
+            "do so anyway."
+        )
         rows.addRow(self.checkpoint_encoder)
         self.promote_worse = QCheckBox("Keep the model even if it became worse")
         rows.addRow(self.promote_worse)
@@ -219,7 +222,8 @@ class TrainingFields(QWidget):
             model_type=None if size is None else resolve(self.family.currentData(), size),
             checkpoint=path(self.checkpoint), device=None if device == "auto" else device,
             patch_shape=self.patch.value, n_epochs=self.n_epochs.value(),
-            n_iterations=self.n_iterations.value() or None, checkpoint_encoder=self.checkpoint_encoder.isChecked(),
+            n_iterations=self.n_iterations.value() or None,
+            checkpoint_encoder=self.checkpoint_encoder.isChecked() or None,
             name=self.name.text().strip(), save_root=path(self.save_root), output_path=path(self.output_path),
             existing=self.existing_choice, promote_worse=self.promote_worse.isChecked(),
         )

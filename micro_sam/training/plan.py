@@ -68,7 +68,7 @@ class TrainingForm:
     patch_shape: tuple[int, int] = (512, 512)
     n_epochs: int = 100
     n_iterations: int | None = None
-    checkpoint_encoder: bool = False
+    checkpoint_encoder: bool | None = None
     name: str = "sam_model"
     save_root: str | None = None
     output_path: str | None = None

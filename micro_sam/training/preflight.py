@@ -16,7 +16,7 @@ import numpy as np
 from ..core.errors import MicroSamError
 from ..core.progress import Step, Steps, drain
 from ..core.settings import get_device
-from .costs import available_memory, estimate_costs, measure_speed
+from .costs import available_memory, computes_twice, estimate_costs, measure_speed
 from .data import default_sam_dataset
 from .pairs import OpenPair, Pair, find_pairs, is_array, is_path, probe, problem_of
 from .preflight_report import PairReport, PreflightReport
@@ -60,7 +60,7 @@ def preflight_steps(
     device: Any = None,
     image_size: int = 1024,
     decoder_features: int = 64,
-    checkpoint_encoder: bool = False,
+    checkpoint_encoder: bool | None = None,
     gflop_per_second: float | None = None,
     available_bytes: float | None = None,
 ) -> Steps[PreflightReport]:
@@ -69,8 +69,8 @@ def preflight_steps(
         estimate_costs, model_type, batch_size, n_objects_per_batch, n_sub_iteration, with_segmentation_decoder,
         train_instance_segmentation_only, image_size=image_size, decoder_features=decoder_features,
     )
-    costs = estimate(checkpoint_encoder=checkpoint_encoder)
     device = get_device(device)
+    costs = estimate(checkpoint_encoder=computes_twice(checkpoint_encoder, model_type, device))
     problems: list[str] = []
     train = _find(problems, "training", raw_paths, raw_key, label_paths, label_key, rois)
     val = () if val_raw_paths is None else _find(

@@ -20,6 +20,7 @@ from ..core.settings import get_device
 from .base_trainer import BaseTrainer
 from .configurations import CONFIGURATIONS, choose_configuration, configuration_options
 from .convert import ConvertToSamInputs
+from .costs import computes_twice
 from .data import default_sam_dataset, default_sam_loader
 from .export import export_instance_segmentation_model
 from .joint_sam_trainer import JointSamTrainer
@@ -78,7 +79,7 @@ def train_sam(
     mixed_precision: bool = True,
     gradient_accumulation_steps: int = 1,
     gradient_clipping: float | None = None,
-    checkpoint_encoder: bool = False,
+    checkpoint_encoder: bool | None = None,
     two_steps: bool = False,
     save_every_n_iterations: int | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -129,7 +130,8 @@ def train_sam(
         mixed_precision: Whether to compute in half precision, where the device gains from it.
         gradient_accumulation_steps: Batches per step of the optimizer.
         gradient_clipping: Largest norm of the gradients; None does not limit them.
-        checkpoint_encoder: Whether to compute encoder and segmentation decoder twice, to need less memory.
+        checkpoint_encoder: Whether to compute encoder and segmentation decoder twice, to need less memory. None does
+            so on a CPU for encoders larger than ViT-T. The gradients are the same.
         two_steps: Whether to make a step of the optimizer for each of the two losses, with an encoding for each, as
             versions 1 did, instead of one for their sum.
         save_every_n_iterations: Write `latest.pt` also after so many iterations; it is always written after an epoch
@@ -174,7 +176,8 @@ def train_sam(
             optimizer=optimization.optimizer, lr_scheduler=optimization.scheduler, device=device,
             early_stopping=early_stopping, save_root=save_root, log_image_interval=100, compile_model=False,
             mixed_precision=mixed_precision, seed=seed, gradient_accumulation_steps=gradient_accumulation_steps,
-            gradient_clipping=gradient_clipping, checkpoint_encoder=checkpoint_encoder,
+            gradient_clipping=gradient_clipping,
+            checkpoint_encoder=computes_twice(checkpoint_encoder, model_type, device),
             settings=describe_run(model_type, checkpoint_path, model.sam, freeze, settings), **of_decoder,
         )
         fit(
@@ -215,7 +218,7 @@ def train_instance_segmentation(
     mixed_precision: bool = True,
     gradient_accumulation_steps: int = 1,
     gradient_clipping: float | None = None,
-    checkpoint_encoder: bool = False,
+    checkpoint_encoder: bool | None = None,
     save_every_n_iterations: int | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: Any = None,
@@ -266,7 +269,8 @@ def train_instance_segmentation(
             lr_scheduler=optimization.scheduler, device=device, early_stopping=early_stopping, save_root=save_root,
             log_image_interval=50, compile_model=False, mixed_precision=mixed_precision, seed=seed,
             gradient_accumulation_steps=gradient_accumulation_steps, gradient_clipping=gradient_clipping,
-            checkpoint_encoder=checkpoint_encoder, decoder_settings=decoder_settings(state),
+            checkpoint_encoder=computes_twice(checkpoint_encoder, model_type, device),
+            decoder_settings=decoder_settings(state),
             settings=describe_run(model_type, checkpoint_path, model.sam, freeze, settings),
         )
         fit(
