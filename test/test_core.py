@@ -173,11 +173,15 @@ with reusing_memory():
 with reusing_memory():
     again = faults()
     time.sleep(1.1)
-print(outside, inside, again, faults())
+afterwards = faults()
+with reusing_memory(2**20):
+    large = faults()
+print(outside, inside, again, afterwards, large)
 """
     # A process of its own: other tests change what the allocator keeps, and their threads touch memory.
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    outside, inside, again, afterwards = map(int, result.stdout.split())
+    outside, inside, again, afterwards, large = map(int, result.stdout.split())
     assert inside < outside / 5
     assert again < outside / 5  # a short use leaves its memory to the next
     assert afterwards > outside / 2
+    assert large > outside / 2  # each of these blocks is handed back at once

@@ -14,7 +14,7 @@ from torch_em.trainer import DefaultTrainer
 from torch_em.util import auto_compile
 
 from .._version import __version__
-from ..core.allocator import reusing_memory
+from ..core.allocator import LARGEST_IN_TRAINING, reusing_memory
 from ..core.errors import InvalidInputError, ModelError, require_positive_int
 from ..core.progress import Steps
 from ..models.precision import gains_from_half_precision
@@ -299,7 +299,7 @@ class BaseTrainer(EpochLoop, DefaultTrainer):
                                self.name, self._epoch, self._iteration, " (stopped early)" * self.stopped_early)
                 return
             if self.device.type == "cpu":
-                stack.enter_context(reusing_memory())
+                stack.enter_context(reusing_memory(LARGEST_IN_TRAINING))
             if self.checkpoint_encoder:
                 stack.enter_context(checkpointed(self._encoder(), self._decoder()))
             yield from self._run()

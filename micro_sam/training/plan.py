@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.allocator import reusing_memory
+from ..core.allocator import LARGEST_IN_TRAINING, reusing_memory
 from ..core.errors import InvalidInputError
 from ..core.inputs import has_pattern
 from ..core.progress import Cancelled, Step, Steps
@@ -290,7 +290,7 @@ def finetune_steps(job: "FinetuneJob") -> Steps["FinetuneResult"]:
 
     def work() -> None:
         try:
-            with reusing_memory():  # handed back at the end, when nothing of the training is left
+            with reusing_memory(LARGEST_IN_TRAINING):  # handed back at the end, when nothing of the training is left
                 try:
                     outcome["result"] = watched.run(say=watch.said.append, verbose=False)
                 except BaseException as error:  # it is raised again where the steps are asked for
