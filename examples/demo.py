@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("images", nargs="*", type=Path, default=sorted((here / "data").glob("*.png")))
     parser.add_argument("-o", "--output", type=Path, default=here.parent / "demo_output")
     args = parser.parse_args()
+    missing = [str(path) for path in args.images if not path.is_file()]
+    if missing:
+        parser.error(f"there is no such image: {', '.join(missing)}")
 
     args.output.mkdir(parents=True, exist_ok=True)
     overlays = []
