@@ -22,22 +22,17 @@ def _strips(x: Tensor, n_channels: int | None = None) -> Iterator[tuple[int, int
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C) of each channel of maps (1, C, H, W): those of strips, combined in double precision.
-
-    Sums are products with ones, which are faster than `sum` along the pixels of channels last; never in half precision.
-    """
+    """Mean and variance (C) of each channel of maps (1, C, H, W): those of strips, combined in double precision."""
     count, mean, squares = 0, 0.0, 0.0
     for start, stop in _strips(x):
         strip = x[0, :, start:stop].to(torch.promote_types(x.dtype, torch.float32))
         strip = strip.permute(1, 2, 0).flatten(0, 1)  # (pixels, C), without a copy for channels last
         n = strip.shape[0]
-        ones = strip.new_ones(1, n)
-        with torch.autocast(x.device.type, enabled=False):
-            # About the mean of what came before: small numbers, so that sums of squares lose no digits.
-            center = mean.to(strip.dtype) if count else (ones @ strip)[0].div_(n)
-            centered = strip - center
-            own_sum = (ones @ centered)[0].double()
-            own_squares = (ones @ centered.square_())[0].double() - own_sum.square() / n
+        # About the mean of what came before: small numbers, so that sums of squares lose no digits.
+        center = mean.to(strip.dtype) if count else strip.mean(0)
+        centered = strip - center
+        own_sum = centered.sum(0).double()
+        own_squares = centered.square_().sum(0).double() - own_sum.square() / n
         difference = center.double() + own_sum / n - mean
         squares = squares + own_squares + difference.square() * (count * n / (count + n))
         mean = mean + difference * (n / (count + n))
