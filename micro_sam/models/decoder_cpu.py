@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_VALUES_PER_STRIP = 2**20  # 4 MiB: a strip and what is made of it stay near the caches
+_VALUES_PER_STRIP = 2**22  # 16 MiB
 
 
 def _strips(x: Tensor, n_channels: int | None = None) -> Iterator[tuple[int, int]]:
@@ -25,15 +25,11 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (C) of each channel of maps (1, C, H, W): those of strips, combined in double precision."""
     count, mean, squares = 0, 0.0, 0.0
     for start, stop in _strips(x):
-        strip = x[0, :, start:stop].to(torch.promote_types(x.dtype, torch.float32))
-        strip = strip.permute(1, 2, 0).flatten(0, 1)  # (pixels, C), without a copy for channels last
-        n = strip.shape[0]
-        # About the mean of what came before: small numbers, so that sums of squares lose no digits.
-        center = mean.to(strip.dtype) if count else strip.mean(0)
-        centered = strip - center
-        own_sum = centered.sum(0).double()
-        own_squares = centered.square_().sum(0).double() - own_sum.square() / n
-        difference = center.double() + own_sum / n - mean
+        strip = x[:, :, start:stop].to(torch.promote_types(x.dtype, torch.float32))
+        n = strip.shape[2] * strip.shape[3]
+        own_mean = strip.mean((2, 3), keepdim=True)
+        own_squares = (strip - own_mean).square_().sum((0, 2, 3)).double()
+        difference = own_mean.flatten().double() - mean
         squares = squares + own_squares + difference.square() * (count * n / (count + n))
         mean = mean + difference * (n / (count + n))
         count += n
@@ -78,15 +74,12 @@ def _normalized_convolution(
         inside = strip[:, :, top - start + 1:bottom - start + 1]
         for piece, part, (scale, shift) in zip(inside.split([p.shape[1] for p in parts], dim=1), parts, affine):
             torch.addcmul(shift, part[:, :, top:bottom], scale, out=piece)
-        out = F.conv2d(strip, weight, conv.bias, padding=(0, 1))
+        out = F.conv2d(strip, weight, conv.bias, padding=(0, 1)).relu_()
         if then is not None:
-            out = then(out.relu_())
+            out = then(out)
         if result is None:
             result = out.new_empty((1, height, width, out.shape[1])).permute(0, 3, 1, 2)
-        if then is None:
-            torch.clamp_min(out, 0, out=result[:, :, start:stop])
-        else:
-            result[:, :, start:stop] = out
+        result[:, :, start:stop] = out
     return result
 
 
@@ -112,10 +105,7 @@ def decode_sample(decoder: nn.Module, x: Tensor, upsample: Callable[[nn.Module, 
         sampler, conv, norm, _ = module.block
         x = conv(upsample(sampler, x))
         scale, shift = _affine(x, norm, running)
-        for start, stop in _strips(x):
-            strip = x[:, :, start:stop]
-            torch.addcmul(shift, strip, scale, out=strip).relu_()
-        return x
+        return torch.addcmul(shift, x, scale, out=x).relu_()
 
     x = x.contiguous(memory_format=torch.channels_last)
     # Both paths advance together, so that no map is kept longer than the next level needs it.
