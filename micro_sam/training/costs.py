@@ -105,10 +105,10 @@ def computes_twice(checkpoint_encoder: bool | None, model_type: str, device) -> 
     That is True on a CPU for encoders larger than ViT-T: other programs need its memory, too, and a ViT-B with the
     decoder takes 8 GB instead of 13 for an eighth more time.
     """
-    import torch
-
     if checkpoint_encoder is not None:
         return checkpoint_encoder
+    import torch
+
     return torch.device(device).type == "cpu" and not model_type.startswith("vit_t")
 
 
