@@ -9,7 +9,7 @@ of prompts is shifted at random, so that a crop stands for any part of the canva
     python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --iterations 4000
 
 Each folder holds `images/*` and `labels/*` with the same file names. The learning rate follows a cosine over the
-iterations. Crops and prompts are those of the iteration's number, so a run that was interrupted and continued with
+iterations, or over the last of them (`--hold`): a run can then go on with more --iterations from a checkpoint of before. Crops and prompts are those of the iteration's number, so a run that was interrupted and continued with
 --resume sees what an uninterrupted one sees.
 """
 
@@ -231,18 +231,20 @@ class Crops(torch.utils.data.Dataset):
         return image
 
 
-class Cosine:
-    """Learning rate by the share of the iterations that are done: short warm-up, then cosine to zero."""
+class Schedule:
+    """Learning rate by the share of the iterations that are done: short warm-up, `hold`, then cosine to zero."""
 
-    def __init__(self, optimizer, iterations: int, warmup: float = 0.02):
+    def __init__(self, optimizer, iterations: int, hold: float, warmup: float = 0.02):
         self.optimizer, self.iterations, self.warmup, self.done = optimizer, iterations, warmup, 0
+        self.hold = hold
         self.base = [group["lr"] for group in optimizer.param_groups]
         optimizer.register_step_pre_hook(lambda *_: self._update())
 
     def _update(self) -> None:
         self.done += 1
         share = min(self.done / self.iterations, 1.0)
-        factor = min(share / self.warmup, 0.5 * (1 + math.cos(math.pi * share)))
+        falling = max(share - self.hold, 0) / (1 - self.hold)
+        factor = min(share / self.warmup, 0.5 * (1 + math.cos(math.pi * falling)))
         for group, base in zip(self.optimizer.param_groups, self.base):
             group["lr"] = base * max(factor, 1e-3)
 
@@ -464,6 +466,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--hold", type=float, default=0.0, help="share of the iterations before the rate falls (0…1)")
     parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -499,7 +502,7 @@ def main() -> None:
     trainer = LiteTrainer(
         name=args.name, train_loader=loader, val_loader=val_loader, model=model, loss=DecoderLoss(),
         optimizer=optimizer, metric=DecoderLoss(), device=args.device,
-        lr_scheduler=Cosine(optimizer, args.iterations), logger=None,
+        lr_scheduler=Schedule(optimizer, args.iterations, args.hold), logger=None,
         mixed_precision=gains_from_half_precision(args.device), mixed_precision_dtype="bfloat16",
         save_root=str(args.output), compile_model=False,
     )
