@@ -9,8 +9,8 @@ of prompts is shifted at random, so that a crop stands for any part of the canva
     python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --iterations 4000
 
 Each folder holds `images/*` and `labels/*` with the same file names. The learning rate follows a cosine over the
-iterations, or over the last of them (`--hold`): a run can then go on with more --iterations from a checkpoint of before. Crops and prompts are those of the iteration's number, so a run that was interrupted and continued with
---resume sees what an uninterrupted one sees.
+iterations, or only over the last of them (`--hold`). Crops and prompts are those of the iteration's number, so a run
+that was interrupted and continued with --resume sees what an uninterrupted one sees.
 """
 
 import argparse
