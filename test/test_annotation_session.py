@@ -406,11 +406,14 @@ def test_the_shipped_model_looks_at_small_images_on_a_canvas_that_suits_them(tmp
         session.run(tasks.open_model(session, SHIPPED_MODEL, device="cpu", save_path=str(store)))
         assert (session.model.canvas, stored_canvas(store)) == (canvas, canvas)
         assert session.model.decoder is not None
-        region = max(regionprops(cells_labels[:96, :96]), key=lambda r: r.area)
-        session.set_prompts(Prompts((PointPrompt(region.centroid, True),)))
-        session.run(tasks.segment(session))
-        ious.append(mask_iou(session.labels[CURRENT] > 0, cells_labels[:96, :96] == region.label))
-    assert ious[0] == ious[1] > max(0.6, ious[2] + 0.05)
+        of_objects = []
+        for region in regionprops(cells_labels[:96, :96]):
+            if region.area >= 100:
+                session.set_prompts(Prompts((PointPrompt(region.centroid, True),)))
+                session.run(tasks.segment(session))
+                of_objects.append(mask_iou(session.labels[CURRENT] > 0, cells_labels[:96, :96] == region.label))
+        ious.append(np.mean(of_objects))
+    assert ious[0] == ious[1] > max(0.7, ious[2])
 
 
 def _open(session, predictor, plane=None):

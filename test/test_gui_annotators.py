@@ -1,5 +1,6 @@
 """Walks through the annotators as a user takes them, in a real viewer, with the model that ships, on real images."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -18,18 +19,20 @@ DATA, SHIPPED = Path(__file__).parent / "data", Path(micro_sam.__file__).parent 
 
 
 @pytest.fixture(scope="module")
-def lite():
-    """The model that ships, loaded once."""
-    return load_model("vit_t_lite", device="cpu")
+def load_lite():
+    """Loads the model that ships, once for each canvas."""
+    return functools.cache(lambda image_size: load_model("vit_t_lite", device="cpu", image_size=image_size))
 
 
 @pytest.fixture
-def open_annotator(monkeypatch, tmp_path, lite):
+def open_annotator(monkeypatch, tmp_path, load_lite):
     """Opens annotators in viewers of their own, with a cache of their own, and closes them."""
     import napari
 
     monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("micro_sam.segmentation.workflow.load_model", lambda *args, **kwargs: lite)
+    monkeypatch.setattr(
+        "micro_sam.segmentation.workflow.load_model", lambda *args, image_size=512, **kwargs: load_lite(image_size)
+    )
     opened = []
 
     def open_one(launch, *args, **kwargs):
