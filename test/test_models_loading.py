@@ -299,11 +299,10 @@ def test_builder_with_checkpoint(vit_b_state, save):
         build_sam_vit_b(path)
 
 
-@pytest.mark.parametrize("architecture", ["vit_b", "vit_t"])
-def test_networks_built_without_initialisation_have_no_other_layers(architecture):
+def test_networks_built_without_initialisation_have_no_other_layers():
     with SkipInit():
-        sam = build_sam(architecture, image_size=64)
-    assert set(sam.state_dict()) == set(build_sam(architecture, image_size=64).state_dict())
+        sam = build_sam("vit_b", image_size=64)
+    assert set(sam.state_dict()) == set(build_sam("vit_b", image_size=64).state_dict())
     assert torch.nn.Linear(50, 50).weight.std() > 0
 
 

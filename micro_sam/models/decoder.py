@@ -5,7 +5,6 @@ centre (small at the centre) and inverted distance to its boundary (small deep i
 torch-em's UNETR without skip connections to the encoder (Archit et al. 2025, 10.1038/s41592-024-02580-4).
 """
 
-import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -18,7 +17,6 @@ from ..core.errors import CheckpointError, InvalidInputError
 from ..core.settings import get_device
 from .decoder_cpu import decode_sample
 from .precision import autocast
-from .weight_loading import SkipInit
 
 Normalization = Literal["instance", "running"]
 OUT_CHANNELS = 3
@@ -87,13 +85,11 @@ def get_unetr(
     if initial_features is None:
         weight = state.get("out_conv.weight")
         initial_features = DEFAULT_FEATURES if weight is None else weight.shape[1]
-    all_replaced = decoder_state is not None and not flexible_load_checkpoint
-    with SkipInit() if all_replaced else contextlib.nullcontext():
-        unetr = UNETR(
-            backbone="sam", encoder=image_encoder, out_channels=out_channels, use_sam_stats=True,
-            final_activation=final_activation, use_skip_connection=False, resize_input=True,
-            use_conv_transpose=_is_transposed(state), initial_features=initial_features,
-        )
+    unetr = UNETR(
+        backbone="sam", encoder=image_encoder, out_channels=out_channels, use_sam_stats=True,
+        final_activation=final_activation, use_skip_connection=False, resize_input=True,
+        use_conv_transpose=_is_transposed(state), initial_features=initial_features,
+    )
     if decoder_state is not None:
         _load(unetr, state, flexible_load_checkpoint)
     return unetr.to(get_device(device)).eval()

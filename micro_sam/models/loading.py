@@ -142,10 +142,8 @@ def _build(
     _refuse_quantized(checkpoint)
     peft, has_layers = choose_peft(peft_kwargs, checkpoint.model_state, checkpoint.settings.get("peft"), source)
     peft = peft | {"quantize": False}
-    # Random weights take up to a second, and all are replaced if the checkpoint must fit exactly. Only the classifier
-    # of TinyViT may be missing there.
-    has_all = architecture != "vit_t" or f"{ENCODER}head.weight" in checkpoint.model_state
-    all_replaced = has_all and checkpoint.is_complete and not flexible
+    # Random weights of the large networks take a second, and all are replaced if the checkpoint must fit exactly.
+    all_replaced = architecture != "vit_t" and checkpoint.is_complete and not flexible
     with SkipInit() if all_replaced else contextlib.nullcontext():
         sam = build_sam(architecture, **arguments)
         if has_layers:

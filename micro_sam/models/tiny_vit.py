@@ -189,7 +189,7 @@ class TinyViT(nn.Module):
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
     def use_attention_biases(self, use: bool = True) -> None:
