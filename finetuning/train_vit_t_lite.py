@@ -472,6 +472,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
+    if not 0 <= args.hold < 1:
+        parser.error(f"--hold is a share from 0 to below 1, but is {args.hold}.")
 
     torch.manual_seed(0)
     entries = [entry for folder in args.data for entry in read_pairs(folder, args.output / "targets2")]

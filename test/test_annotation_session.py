@@ -395,25 +395,25 @@ def test_automatic_segmentation_of_one_plane_keeps_that_of_the_others(cache, tin
 
 def test_the_shipped_model_looks_at_small_images_on_a_canvas_that_suits_them(tmp_path, cells_image, cells_labels):
     """But embeddings that are there already are used as they are."""
-    image = np.ascontiguousarray(cells_image[:96, :96])
-    own = load_model(SHIPPED_MODEL, device="cpu")
-    stores = [tmp_path / name for name in ("new.zarr", "of_the_command.zarr", "of_python.zarr")]
-    drain(precompute_steps(own, LazyImage(image, "YX"), stores[1]))
-    precompute_image_embeddings(own.predictor, image, stores[2], ndim=2, verbose=False)
-    ious = []
-    for store, canvas in zip(stores, (256, 256, 512)):
-        session = AnnotationSession(AnnotationImage.create(image, mode="2d"), mode="2d")
-        session.run(tasks.open_model(session, SHIPPED_MODEL, device="cpu", save_path=str(store)))
-        assert (session.model.canvas, stored_canvas(store)) == (canvas, canvas)
-        assert session.model.decoder is not None
-        of_objects = []
-        for region in regionprops(cells_labels[:96, :96]):
-            if region.area >= 100:
-                session.set_prompts(Prompts((PointPrompt(region.centroid, True),)))
-                session.run(tasks.segment(session))
-                of_objects.append(mask_iou(session.labels[CURRENT] > 0, cells_labels[:96, :96] == region.label))
-        ious.append(np.mean(of_objects))
-    assert ious[0] == ious[1] > max(0.7, ious[2])
+    own, ious = load_model(SHIPPED_MODEL, device="cpu"), ([], [], [])
+    for y, x in ((0, 0), (0, 64), (32, 0), (32, 64)):  # the four corners, which cover the image
+        image, labels = (np.ascontiguousarray(a[y:y + 96, x:x + 96]) for a in (cells_image, cells_labels))
+        stores = [tmp_path / f"{y}_{x}" / name for name in ("new.zarr", "of_the_command.zarr", "of_python.zarr")]
+        stores[0].parent.mkdir()
+        drain(precompute_steps(own, LazyImage(image, "YX"), stores[1]))
+        precompute_image_embeddings(own.predictor, image, stores[2], ndim=2, verbose=False)
+        for store, canvas, found in zip(stores, (256, 256, 512), ious):
+            session = AnnotationSession(AnnotationImage.create(image, mode="2d"), mode="2d")
+            session.run(tasks.open_model(session, SHIPPED_MODEL, device="cpu", save_path=str(store)))
+            assert (session.model.canvas, stored_canvas(store)) == (canvas, canvas)
+            assert session.model.decoder is not None
+            for region in regionprops(labels):
+                if region.area >= 100:
+                    session.set_prompts(Prompts((PointPrompt(region.centroid, True),)))
+                    session.run(tasks.segment(session))
+                    found.append(mask_iou(session.labels[CURRENT] > 0, labels == region.label))
+    assert ious[0] == ious[1]
+    assert np.mean(ious[0]) > max(0.6, np.mean(ious[2]) + 0.05)
 
 
 def _open(session, predictor, plane=None):
