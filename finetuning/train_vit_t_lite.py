@@ -4,13 +4,15 @@ A ViT-T encoder, SAM's prompt encoder and mask decoder, and a slim UNETR decoder
 224 or 512 pixels: the decoder to predict foreground, centre distance and boundary distance, the mask decoder to follow
 points and boxes with corrections (Archit et al. 2025, 10.1038/s41592-024-02580-4). The losses are those of
 `micro_sam.training`. TinyViT has no absolute position embedding, so it runs at any image size; the position encoding
-of prompts is shifted at random, so that a crop stands for any part of the canvas.
+of prompts is shifted at random, so that a crop stands for any part of the canvas, or of a larger one for larger images
+(`--largest-canvas`).
 
     python finetuning/train_vit_t_lite.py --data DATA/nuclei_dsb2018/train DATA/phase_t98g/train --iterations 4000
 
 Each folder holds `images/*` and `labels/*` with the same file names. The learning rate follows a cosine over the
 iterations, or only over the last of them (`--hold`). Crops and prompts are those of the iteration's number, so a run
-that was interrupted and continued with --resume sees what an uninterrupted one sees.
+that was interrupted and continued with --resume sees what an uninterrupted one sees; a run that starts from the weights
+of another sees new ones if it counts on from there (`--first-crop`).
 """
 
 import argparse
@@ -47,7 +49,7 @@ NOMINAL_ZOOM = {
     "fluo_256": 4.0, "fluo_360": 2.84, "purple_256x320": 3.2, "fluo_large": 1.45, "graytissue_1024": 1.0, "set": 2.0,
     "ec": 3.0,
 }
-ZOOM_RANGE = {"fluo_large": (0.5, 1.3), "graytissue_1024": (0.8, 2.2)}
+ZOOM_RANGE = {"fluo_large": (0.5, 2.2), "graytissue_1024": (0.8, 2.2)}
 DEFAULT_ZOOM_RANGE = (0.65, 1.35)
 # Some crops are drawn from this range instead: prompts come at any scale, also from small images of large objects.
 ANY_ZOOM_RANGE, ANY_ZOOM_SHARE = (0.4, 3.5), 0.2
@@ -57,9 +59,9 @@ PROMPTS_ONLY = ("ec",)
 class Lite(torch.nn.Module):
     """SAM and the instance decoder around one encoder, for crops."""
 
-    def __init__(self, features: int, canvas: int):
+    def __init__(self, features: int, canvas: int, largest_canvas: int):
         super().__init__()
-        self.canvas = canvas
+        self.canvas, self.reach = canvas, largest_canvas / canvas
         sam = build_sam("vit_t", image_size=canvas)
         self.sam = TrainableSAM(sam)
         self.unetr = get_unetr(sam.image_encoder, device="cpu", initial_features=features)
@@ -74,9 +76,11 @@ class Lite(torch.nn.Module):
         self.unetr.requires_grad_(False)
 
     def place(self, size: int, rng: np.random.Generator) -> None:
-        """Prepare for crops of `size` pixels somewhere on the canvas."""
+        """Prepare for crops of `size` pixels somewhere on the canvas, in every other batch on the largest one."""
         self.scale = size / self.canvas
-        self.start = torch.from_numpy(rng.uniform(0, 1 - self.scale, 2).astype("float32"))
+        is_large = self.training and self.reach > 1 and rng.random() < 0.5
+        end = self.reach if is_large else 1
+        self.start = torch.from_numpy(rng.uniform(0, end - self.scale, 2).astype("float32"))
         sam = self.sam.sam
         sam.image_encoder.img_size = self.sam.transform.target_length = size
         sam.prompt_encoder.input_image_size = size, size
@@ -360,10 +364,12 @@ class LiteTrainer(DefaultTrainer):
 
     average: Average
     prompt_share: float  # of the iterations; the others train the instance decoder alone, in less time
+    first_crop: int  # number of the first batch
     decoder_loss = DecoderLoss()
 
     def _forward_and_loss(self, x, y):
-        rng = np.random.default_rng((0 if self.model.training else 1, self._iteration))
+        number = self.first_crop + self._iteration
+        rng = np.random.default_rng((0, number) if self.model.training else (1, self._iteration))
         size = x.shape[-1]
         self.model.place(size, rng)
         embeddings, maps = self.model(x)
@@ -415,7 +421,7 @@ class LiteTrainer(DefaultTrainer):
 
     def _train_epoch_impl(self, *args):
         torch.manual_seed(self._iteration)
-        self.train_loader.sampler.start = self._iteration
+        self.train_loader.sampler.start = self.first_crop + self._iteration
         self.parts = []
         result = super()._train_epoch_impl(*args)
         print("  train: decoder, point, box:", self._means(), flush=True)
@@ -463,15 +469,19 @@ def main() -> None:
     parser.add_argument("--prompt-share", type=float, default=0.7, help="of the iterations; the others train only maps")
     parser.add_argument("--prompts-only", action="store_true", help="leave encoder and decoder of --init alone")
     parser.add_argument("--canvas", type=int, default=1024, help="pixels of the side that an image fills at inference")
+    parser.add_argument("--largest-canvas", type=int, help="for large images, at the same scale; default: --canvas")
     parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--hold", type=float, default=0.0, help="share of the iterations before the rate falls (0…1)")
+    parser.add_argument("--first-crop", type=int, default=0, help="number of the first batch of crops")
     parser.add_argument("--epoch-length", type=int, default=100, help="iterations between validations")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
+    if args.largest_canvas is not None and args.largest_canvas < args.canvas:
+        parser.error(f"--largest-canvas is at least --canvas ({args.canvas}), but is {args.largest_canvas}.")
     if not 0 <= args.hold < 1:
         parser.error(f"--hold is a share from 0 to below 1, but is {args.hold}.")
 
@@ -485,7 +495,7 @@ def main() -> None:
     (args.output / "held_out.txt").write_text("\n".join(e["name"] for e in held_out) + "\n")
     print(f"{len(train)} images for training, {len(held_out)} held out", flush=True)
 
-    model = Lite(args.features, args.canvas)
+    model = Lite(args.features, args.canvas, args.largest_canvas or args.canvas)
     if args.init is not None:
         load_weights(model, args.init, args.init_prompts)
     model.frozen_statistics = args.frozen_statistics
@@ -508,7 +518,7 @@ def main() -> None:
         mixed_precision=gains_from_half_precision(args.device), mixed_precision_dtype="bfloat16",
         save_root=str(args.output), compile_model=False,
     )
-    trainer.average, trainer.prompt_share = Average(model), args.prompt_share
+    trainer.average, trainer.prompt_share, trainer.first_crop = Average(model), args.prompt_share, args.first_crop
     saved = args.output / "checkpoints" / args.name / "latest.pt"
     if saved.exists() != args.resume:
         remedy = "exists: pass --resume, or another --name" if saved.exists() else "is missing: leave out --resume"
