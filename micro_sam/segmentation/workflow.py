@@ -43,7 +43,6 @@ BLOCK_WATERSHED_PIXELS = 4096**2
 # Of `vit_t_lite`: its training mostly enlarged images less than 2.7 fold.
 _ENLARGEMENT, _SMALLEST_CANVAS, _CANVAS_STEP = 2.5, 128, 64
 _AIS_CANVAS = 1.25  # of its own canvas, for images up to that size
-_MODES_OF_LARGE_CANVAS = ("ais", "prompts")
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,13 @@ def choose_strategy(
     """
     is_lite, own = model_name == SHIPPED_MODEL, canvas
     is_ais = is_lite and mode == "ais"
-    enlarges = is_lite and mode in _MODES_OF_LARGE_CANVAS
-    if enlarges:
+    if is_ais:
         canvas = 2 * canvas
     if isinstance(tile_shape, str):
         if tile_shape != "auto":
             raise InvalidInputError(f"tile_shape must be two integers (y, x), None or 'auto', but is {tile_shape!r}.")
         margin = canvas // 8
-        tile_shape = (canvas - 2 * margin,) * 2 if max(shape) > (canvas if enlarges else 2 * canvas) else None
+        tile_shape = (canvas - 2 * margin,) * 2 if max(shape) > (canvas if is_ais else 2 * canvas) else None
         halo = (margin, margin) if halo is None else halo
     tiling = None if tile_shape is None else TileSpec.create(shape, tile_shape, halo)
     if not is_lite:
