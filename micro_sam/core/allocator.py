@@ -43,8 +43,8 @@ def reusing_memory(largest: int = _ANY) -> Iterator[None]:
     """Keep freed memory for the next allocation instead of handing it back to the system; glibc only.
 
     Large tensors are otherwise mapped anew each time, and the system clears every page of them first: a training step
-    of the instance decoder at 1024 x 1024 pixels takes half as long again, and segmentation a quarter more. If it was
-    long, all free memory is handed back when there is no use for `IDLE` seconds. Concerns the whole process.
+    of the instance decoder at 1024 x 1024 pixels takes half as long again, and segmentation a quarter more. After a
+    long use all free memory is handed back, once there was no other for `IDLE` seconds. Concerns the whole process.
 
     Args:
         largest: Blocks of more bytes are handed back at once, so that they leave no gaps: what smaller ones are put
@@ -64,7 +64,7 @@ def reusing_memory(largest: int = _ANY) -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _until = time.monotonic()
-                is_long = _until - _since > _LONG
+                is_long = _until - _since > _LONG and _libc() is not None
                 ends = is_long and largest < _ANY
                 starts = is_long and not ends and not _waits
                 _waits |= starts
