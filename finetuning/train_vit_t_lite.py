@@ -59,10 +59,10 @@ PROMPTS_ONLY = ("ec",)
 class Lite(torch.nn.Module):
     """SAM and the instance decoder around one encoder, for crops."""
 
-    def __init__(self, features: int, canvas: int, largest_canvas: int):
+    def __init__(self, features: int, canvas: int, largest_canvas: int, prompt_maps: bool):
         super().__init__()
         self.canvas, self.reach = canvas, largest_canvas / canvas
-        sam = build_sam("vit_t", image_size=canvas)
+        sam = build_sam("vit_t", image_size=canvas, prompt_maps=prompt_maps)
         self.sam = TrainableSAM(sam)
         self.unetr = get_unetr(sam.image_encoder, device="cpu", initial_features=features)
         positions = sam.prompt_encoder.pe_layer
@@ -471,6 +471,7 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=1024, help="pixels of the side that an image fills at inference")
     parser.add_argument("--largest-canvas", type=int, help="for large images, at the same scale; default: --canvas")
     parser.add_argument("--features", type=int, default=16, help="features of the finest decoder level")
+    parser.add_argument("--prompt-maps", action="store_true", help="also draw points and boxes for the mask decoder")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--hold", type=float, default=0.0, help="share of the iterations before the rate falls (0…1)")
@@ -495,7 +496,7 @@ def main() -> None:
     (args.output / "held_out.txt").write_text("\n".join(e["name"] for e in held_out) + "\n")
     print(f"{len(train)} images for training, {len(held_out)} held out", flush=True)
 
-    model = Lite(args.features, args.canvas, args.largest_canvas or args.canvas)
+    model = Lite(args.features, args.canvas, args.largest_canvas or args.canvas, args.prompt_maps)
     if args.init is not None:
         load_weights(model, args.init, args.init_prompts)
     model.frozen_statistics = args.frozen_statistics

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..models.build_sam import EMBED_DIM, PATCH_SIZE
 from ..models.decoder import DecoderAdapter
+from ..models.prompt_maps import MapPromptEncoder
 
 ENCODER, MASK_DECODER, INSTANCE_DECODER = "encoder", "mask_decoder", "instance_decoder"
 _MULTI_MASK_BONUS = 1000.0  # makes the single-mask output win for more than two points, as in SAM's own ONNX models
@@ -123,11 +124,13 @@ class _MaskDecoder(SamOnnxModel):
         self, image_embeddings: Tensor, point_coords: Tensor, point_labels: Tensor, mask_input: Tensor,
         has_mask_input: Tensor, orig_im_size: Tensor,
     ) -> tuple[Tensor, ...]:
+        encoder = self.model.prompt_encoder
+        dense = self._embed_masks(mask_input, has_mask_input)
+        if isinstance(encoder, MapPromptEncoder):
+            dense = dense + encoder.embed_maps(point_coords, point_labels)
         masks, scores = self.mask_decoder.predict_masks(
-            image_embeddings=image_embeddings,
-            image_pe=self.model.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=self._embed_points(point_coords, point_labels),
-            dense_prompt_embeddings=self._embed_masks(mask_input, has_mask_input),
+            image_embeddings=image_embeddings, image_pe=encoder.get_dense_pe(),
+            sparse_prompt_embeddings=self._embed_points(point_coords, point_labels), dense_prompt_embeddings=dense,
         )
         if self.use_stability_score:
             scores = self._stability(masks)

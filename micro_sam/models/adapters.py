@@ -24,6 +24,7 @@ from .export import save_checkpoint
 from .hashing import compute_hash
 from .peft_description import peft_kwargs_from
 from .peft_sam import PEFT_Sam
+from .prompt_maps import MapPromptEncoder
 from .weight_loading import check_fit, load_weights
 
 __all__ = ["load_adapter", "merge_adapter", "save_adapter"]
@@ -149,6 +150,7 @@ def _check_adapter(sam: Sam, state: Mapping[str, torch.Tensor], architecture: st
         blank = build_sam(
             architecture, image_size=sam.image_encoder.img_size,
             num_multimask_outputs=sam.mask_decoder.num_multimask_outputs,
+            prompt_maps=isinstance(sam.prompt_encoder, MapPromptEncoder),
         )
         PEFT_Sam(blank, **kwargs)
     heads = () if any(name.startswith(_HEADS) for name in state) else _HEADS

@@ -9,6 +9,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from ..core.errors import InvalidInputError, nearest_names
+from .prompt_maps import MapPromptEncoder
 from .vit_attention import fuse_attention
 
 __all__ = [
@@ -44,13 +45,16 @@ def _build_encoder(model_type: str, image_size: int) -> torch.nn.Module:
     ))
 
 
-def build_sam(model_type: str, *, image_size: int | None = None, num_multimask_outputs: int = 3) -> Sam:
+def build_sam(
+    model_type: str, *, image_size: int | None = None, num_multimask_outputs: int = 3, prompt_maps: bool = False
+) -> Sam:
     """Build a network with random weights.
 
     Args:
         model_type: `vit_t`, `vit_b`, `vit_l` or `vit_h`.
         image_size: Side of the square canvas in pixels, a multiple of 16. By default 1024.
         num_multimask_outputs: Number of masks for an ambiguous prompt.
+        prompt_maps: Whether prompts are also drawn as maps, see `MapPromptEncoder`.
 
     Returns:
         The network in evaluation mode. Embeddings have the shape (B, 256, image_size / 16, image_size / 16).
@@ -69,7 +73,7 @@ def build_sam(model_type: str, *, image_size: int | None = None, num_multimask_o
     grid = image_size // PATCH_SIZE
     sam = Sam(
         image_encoder=_build_encoder(model_type, image_size),
-        prompt_encoder=PromptEncoder(
+        prompt_encoder=(MapPromptEncoder if prompt_maps else PromptEncoder)(
             embed_dim=EMBED_DIM, image_embedding_size=(grid, grid), input_image_size=(image_size, image_size),
             mask_in_chans=16,
         ),

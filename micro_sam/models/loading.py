@@ -30,6 +30,7 @@ from .hashing import file_hash
 from .peft_description import choose_peft, peft_settings
 from .peft_sam import PEFT_Sam
 from .precision import MixedPrecisionPredictor, inference_dtype, precision_of
+from .prompt_maps import PREFIX
 from .registry import download_sam_model, find_spec, get_model_names, list_models
 from .specs import DEFAULT_MODEL, MODELS, ModelSpec
 from .weight_loading import SkipInit, load_weights, load_weights_flexibly
@@ -132,7 +133,8 @@ def _build(
              spec and spec.image_size)
     image_size = next((size for size in sizes if size), None)
     outputs = kwargs.get("num_multimask_outputs") or checkpoint.num_multimask_outputs or 3
-    arguments = {"image_size": image_size, "num_multimask_outputs": outputs}
+    has_maps = any(key.startswith(f"prompt_encoder.{PREFIX}") for key in checkpoint.model_state)
+    arguments = {"image_size": image_size, "num_multimask_outputs": outputs, "prompt_maps": has_maps}
     source = str(checkpoint.path)
     if not checkpoint.is_complete:
         warnings.warn(

@@ -29,7 +29,14 @@ from .precision import autocast, precision_of
 
 MAX_TOKENS = 16  # beyond it, folding the tokens into the weights costs more than it saves
 _grids = weakref.WeakKeyDictionary()  # prompt encoder -> (what it depends on, its positional encoding of the image)
-_CPU_CHUNK = 8  # prompts that go through the decoder together on the CPU: their activations stay near the caches
+# Prompts that are computed together on the CPU, so that their activations stay near the caches; fewer if each has an
+# image of its own, because masks or maps of the prompts are added to it.
+_CPU_CHUNK, _CPU_IMAGES = 8, 4
+
+
+def shared_part(dense_embeddings: Tensor) -> Tensor:
+    """Dense embeddings of prompts (B, C, h, w) as (1, C, h, w) if they are one that is repeated."""
+    return dense_embeddings[:1] if dense_embeddings.stride(0) == 0 else dense_embeddings
 
 
 def supports_sharing(decoder: nn.Module) -> bool:
@@ -146,8 +153,8 @@ def predict_masks_shared(
         image_embedding: (1, C, h, w).
         image_pe: Positional encoding (1, C, h, w).
         sparse_embeddings: Embedded points and boxes (B, P, C).
-        dense_embedding: The embedded mask, or what stands for "no mask": (1, C, h or 1, w or 1), the same for all
-            prompts.
+        dense_embedding: The embedded masks (B, C, h, w), or what is the same for all prompts, as what stands for "no
+            mask" is: (1, C, h or 1, w or 1).
         multimask_output: Whether to return the multi-mask outputs or the single-mask output.
 
     Returns:
@@ -225,26 +232,26 @@ def predict_low_res(
     if (points is None) != (labels is None) or (points is None and boxes is None and masks is None):
         raise InvalidInputError("Prompts are points with labels, boxes or both, but got "
                                 f"points={points is not None}, labels={labels is not None}, boxes={boxes is not None}.")
-    model = predictor.model
-    prompts = (None if points is None else (points, labels))
-    sparse, dense = model.prompt_encoder(points=prompts, boxes=boxes, masks=masks)
-    pe = _positional_encoding(model.prompt_encoder)
-    n_tokens = 1 + getattr(model.mask_decoder, "num_mask_tokens", MAX_TOKENS) + sparse.shape[1]
-    if n_tokens > MAX_TOKENS or not supports_sharing(model.mask_decoder):
-        with autocast(precision_of(predictor), sparse.device):
-            logits, ious = model.mask_decoder(
-                image_embeddings=predictor.features, image_pe=pe, sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense, multimask_output=multimask_output,
-            )
-        return logits.float(), ious.float()
-    if masks is None:
-        size = _CPU_CHUNK if sparse.device.type == "cpu" else max(len(sparse), 1)
-        chunks = [(chunk, dense[:1]) for chunk in sparse.split(size)]
-    else:  # each has an image of its own
-        chunks = list(zip(sparse.split(1), dense.split(1)))
-    with autocast(precision_of(predictor), sparse.device):
-        parts = [
-            predict_masks_shared(model.mask_decoder, predictor.features, pe, chunk, embedded, multimask_output)
-            for chunk, embedded in chunks
-        ]
+    model, precision = predictor.model, precision_of(predictor)
+    decoder, pe = model.mask_decoder, _positional_encoding(model.prompt_encoder)
+    given = [points, labels, boxes, masks]
+    n_prompts = next(len(values) for values in given if values is not None)
+    device = pe.device
+    size = _CPU_CHUNK if device.type == "cpu" else max(n_prompts, 1)
+    parts = []
+    for start in range(0, max(n_prompts, 1), size):
+        point, label, box, mask = (None if v is None else v[start:start + size] for v in given)
+        sparse, dense = model.prompt_encoder(points=None if point is None else (point, label), boxes=box, masks=mask)
+        n_tokens = 1 + getattr(decoder, "num_mask_tokens", MAX_TOKENS) + sparse.shape[1]
+        with autocast(precision, device):
+            if n_tokens > MAX_TOKENS or not supports_sharing(decoder):
+                parts.append(decoder(
+                    image_embeddings=predictor.features, image_pe=pe, sparse_prompt_embeddings=sparse,
+                    dense_prompt_embeddings=dense, multimask_output=multimask_output,
+                ))
+                continue
+            dense = shared_part(dense)
+            step = _CPU_IMAGES if device.type == "cpu" and len(dense) > 1 else size
+            for tokens, image in zip(sparse.split(step), dense.split(step), strict=True):
+                parts.append(predict_masks_shared(decoder, predictor.features, pe, tokens, image, multimask_output))
     return torch.cat([p[0] for p in parts]).float(), torch.cat([p[1] for p in parts]).float()

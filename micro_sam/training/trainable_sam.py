@@ -11,7 +11,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInputError
-from ..models.mask_decoder import MAX_TOKENS, predict_masks_shared, supports_sharing
+from ..models.mask_decoder import MAX_TOKENS, predict_masks_shared, shared_part, supports_sharing
 from ..models.mask_upsampling import resize_matrix
 
 Record = dict[str, Any]
@@ -106,9 +106,7 @@ class TrainableSAM(nn.Module):
                 image_embeddings=embedding, image_pe=pe, sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense, multimask_output=multimask,
             )
-        if record.get("mask_inputs") is None:
-            dense = dense[:1]
-        return predict_masks_shared(decoder, embedding, pe, sparse, dense, multimask)
+        return predict_masks_shared(decoder, embedding, pe, sparse, shared_part(dense), multimask)
 
     def _upsample(self, logits: Tensor, input_size: Sequence[int], original_size: Sequence[int]) -> Tensor:
         """What `Sam.postprocess_masks` computes, as one step: both of its resizings are linear and separable."""
