@@ -1,6 +1,5 @@
 """Embeddings and segmentation state of images, computed ahead of annotation and kept next to each other."""
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,45 +121,15 @@ def is_state_steps(
     shape = _plane_shape(image_embeddings)
     plane = select_plane(raw, i, shape)
     settings = _settings(segmenter, predictor, decoder, plane, image_embeddings, kwargs)
-    return (yield from _kept_maps_steps(segmenter, plane, settings, Path(save_path), i, image_embeddings, skip_load))
-
-
-def _kept_maps_steps(segmenter, plane, settings, folder: Path, i, image_embeddings, skip_load):
-    """Load the maps of a segmenter, or compute and keep them; without embeddings those are computed, too."""
-    maps = read_maps(folder, i, tuple(settings["shape"]), settings)
+    maps = read_maps(Path(save_path), i, shape, settings)
     if maps is not None and skip_load:
         return None
-    index = None if image_embeddings is None else i
     if maps is None:
-        yield from initialize_steps(segmenter, plane, image_embeddings, i=index)
-        write_maps(folder, i, segmenter.get_state(), settings)
+        yield from initialize_steps(segmenter, plane, image_embeddings, i=i)
+        write_maps(Path(save_path), i, segmenter.get_state(), settings)
     else:
-        segmenter.set_state({**maps, "image_embeddings": image_embeddings, "i": index})
+        segmenter.set_state({**maps, "image_embeddings": image_embeddings, "i": i})
     return segmenter
-
-
-def decoder_state_steps(
-    model: LoadedModel,
-    raw: np.ndarray,
-    image_embeddings: ImageEmbeddings,
-    save_path: str | os.PathLike,
-    i: int | None = None,
-    skip_load: bool = False,
-) -> Steps[InstanceSegmentationWithDecoder | None]:
-    """Compute or load the maps of the model's decoder like `is_state_steps`, but on the canvas that suits it.
-
-    If that is not the canvas of the embeddings (see `choose_strategy`), the encoder runs for it anew.
-    """
-    shape = _plane_shape(image_embeddings)
-    decoding = model if image_embeddings["input_size"] is None else model.for_decoder(shape)
-    predictor = copy.copy(decoding.predictor)  # in which nothing is set: another task may be using it
-    if decoding is model:
-        return (yield from is_state_steps(predictor, model.decoder, raw, image_embeddings, save_path, i, skip_load))
-    segmenter = get_instance_segmentation_generator(predictor, False, decoding.decoder, "ais")
-    plane = select_plane(raw, i, shape)
-    settings = _settings(segmenter, predictor, decoding.decoder, plane, image_embeddings, {})
-    settings |= {"canvas": decoding.canvas}
-    return (yield from _kept_maps_steps(segmenter, plane, settings, Path(save_path), i, None, skip_load))
 
 
 def cache_is_state(
@@ -237,7 +206,7 @@ def precompute_steps(
         if model.decoder is None:
             steps = amg_state_steps(model.predictor, plane, embeddings, store, i)
         else:
-            steps = decoder_state_steps(model, plane, embeddings, store, i, skip_load=True)
+            steps = is_state_steps(model.predictor, model.decoder, plane, embeddings, store, i, skip_load=True)
         if len(planes) == 1:
             yield from steps
         else:  # one bar over the planes, none within

@@ -10,19 +10,15 @@ import torch
 from embedding_helpers import one_thread, small_predictor  # noqa: F401
 from scipy import ndimage
 
-from micro_sam import segment
 from micro_sam.annotation.automatic import AutomaticSource, AutoSettings, advice
 from micro_sam.annotation.embedding_source import EmbeddingSource
 from micro_sam.annotation.geometry import AnnotationImage
 from micro_sam.core.errors import DecoderMissingError, InvalidInputError, OutputWriteError
-from micro_sam.core.image import open_image
-from micro_sam.core.labels import relabel_consecutive
 from micro_sam.core.progress import Step, drain
-from micro_sam.precompute_state import precompute_steps
 from micro_sam.segmentation import ais
 from micro_sam.segmentation.amg import AutomaticMaskGenerator
 from micro_sam.segmentation.apg import AutomaticPromptGenerator
-from micro_sam.segmentation.workflow import LoadedModel, load_model
+from micro_sam.segmentation.workflow import LoadedModel
 
 SHAPE = (64, 80)
 TILES = {"tile_shape": (48, 48), "halo": (8, 8)}
@@ -273,28 +269,6 @@ def test_states_next_to_the_embeddings(model, decoded, volume, tmp_path, monkeyp
     monkeypatch.setattr(AutomaticMaskGenerator, "initialize_steps", refuse)
     again = open_source(model, image, mode, tmp_path / "a.zarr")
     np.testing.assert_array_equal(run(again.segment_plane_steps(index, settings)), labels)
-
-
-def test_the_decoder_has_a_canvas_of_its_own(cells_image, tmp_path, monkeypatch):
-    """As for `segment`: where prompts have a canvas of 512 pixels, the decoder of the shipped model has 640."""
-    image = np.ascontiguousarray(np.tile(cells_image, (2, 2))[:200, :300])
-    expected = segment(image, "vit_t_lite", device="cpu")
-    model = load_model("vit_t_lite", device="cpu").for_prompts(image.shape)
-    assert (model.canvas, model.for_decoder(image.shape).canvas) == (512, 640)
-    settings = AutoSettings.for_model("vit_t_lite", "ais")
-    for path in (None, tmp_path / "a.zarr"):
-        labels = run(open_source(model, image, save_path=path).segment_plane_steps(None, settings))
-        np.testing.assert_array_equal(labels > 0, expected > 0)
-        np.testing.assert_array_equal(relabel_consecutive(expected), labels)
-
-    # What was prepared by the library is found by the annotator. Tiles were chosen for prompts and decoder alike.
-    drain(precompute_steps(model, open_image(image), tmp_path / "b.zarr", with_state=True), verbose=False)
-    tiled = open_source(model, image, tile_shape=(128, 128), halo=(32, 32))
-    assert run(tiled.segment_plane_steps(None, settings)).any()
-    monkeypatch.setattr(ais.InstanceSegmentationWithDecoder, "initialize_steps", None)
-    for path in (tmp_path / "a.zarr", tmp_path / "b.zarr"):
-        again = run(open_source(model, image, save_path=path).segment_plane_steps(None, settings))
-        np.testing.assert_array_equal(again, labels)
 
 
 def test_states_of_other_options_do_no_harm(model, volume, tmp_path, caplog):

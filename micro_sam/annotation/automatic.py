@@ -25,7 +25,7 @@ from ..core.errors import (
 )
 from ..core.labels import mask_data_to_segmentation, relabel_consecutive
 from ..core.progress import Step, Steps, during
-from ..precompute_state import amg_state_steps, decoder_state_steps
+from ..precompute_state import amg_state_steps, is_state_steps
 from ..segmentation.ais import MAP_NAMES
 from ..segmentation.amg import AMGBase
 from ..segmentation.candidates import LAZY_BYTES
@@ -319,7 +319,8 @@ class AutomaticSource:
         pixels = np.asarray(self._image[...] if plane is None else self._image[plane])
         segmenter = yield from self._stored_steps(plane, i, pixels, image_embeddings, settings, mode)
         if segmenter is None:
-            segmenter = yield from self._computed_steps(i, pixels, image_embeddings, settings, mode)
+            segmenter = self._segmenter("amg" if mode == "amg" else "ais", settings)
+            yield from initialize_steps(segmenter, pixels, image_embeddings, i=i)
         state, n_bytes = _compact(segmenter, is_stack=plane is not None)
         self._states[key] = state, n_bytes
         while len(self._states) > 1 and sum(size for _, size in self._states.values()) > self._memory_bytes:
@@ -332,31 +333,18 @@ class AutomaticSource:
         # Single planes that are ahead of the store have other indices than in it.
         if folder is None or not self._use_disk or i != plane or not self.embeddings.complete:
             return None
+        predictor = copy.copy(self.model.predictor)
         try:
             if mode == "amg":
                 return (yield from amg_state_steps(
-                    copy.copy(self.model.predictor), pixels, image_embeddings, folder, i,
-                    points_per_side=settings.points_per_side,
+                    predictor, pixels, image_embeddings, folder, i, points_per_side=settings.points_per_side
                 ))
-            return (yield from decoder_state_steps(self.model, pixels, image_embeddings, folder, i))
+            return (yield from is_state_steps(predictor, self.model.decoder, pixels, image_embeddings, folder, i))
         except _STATE_ERRORS as error:
             # Not a reason to stop: it only takes longer. A folder that cannot be written is not tried again.
             logger.warning("The segmentation state of plane %s is kept in memory only. %s", plane, error)
             self._use_disk = not isinstance(error, OutputWriteError)
             return None
-
-    def _computed_steps(self, i, pixels, image_embeddings, settings: AutoSettings, mode: str) -> Steps[Segmenter]:
-        """Compute the state of a plane. The decoder may need embeddings of its own, see `LoadedModel.for_decoder`."""
-        tiled = bool(self.embeddings.tiling)
-        decoding = self.model if tiled or mode == "amg" else self.model.for_decoder(self.embeddings.plane_shape)
-        if decoding is self.model:
-            segmenter = self._segmenter("amg" if mode == "amg" else "ais", settings)
-            yield from initialize_steps(segmenter, pixels, image_embeddings, i=i)
-        else:
-            predictor = copy.copy(decoding.predictor)
-            segmenter = get_instance_segmentation_generator(predictor, tiled, decoding.decoder, "ais")
-            yield from initialize_steps(segmenter, pixels, None)
-        return segmenter
 
     def _segmenter(self, mode: str, settings: AutoSettings) -> Segmenter:
         # An own predictor each: another task may set another image between two steps.

@@ -205,21 +205,11 @@ class LoadedModel:
             halo: Overlap (y, x) of the tiles in pixels.
             store: Where the embeddings are kept. If there are some, their canvas is taken; not in the automatic cache.
         """
-        if not self._is_shipped:
+        name = None if self.source.get("checkpoint") is not None else self.source.get("model_type")
+        if name != SHIPPED_MODEL:
             return self
-        strategy = choose_strategy(SHIPPED_MODEL, self.canvas, shape, tile_shape, halo, mode="prompts")
+        strategy = choose_strategy(name, self.canvas, shape, tile_shape, halo, mode="prompts")
         return self.at_canvas(_canvas_of_store(store) or strategy.canvas)
-
-    def for_decoder(self, shape: Sequence[int]) -> "LoadedModel":
-        """Return the model with the canvas for its instance decoder in an image (Y, X) without tiles."""
-        if not self._is_shipped:
-            return self
-        own = registry.find_spec(SHIPPED_MODEL).image_size
-        return self.at_canvas(choose_strategy(SHIPPED_MODEL, own, shape, None, mode="ais").canvas)
-
-    @property
-    def _is_shipped(self) -> bool:
-        return self.source.get("checkpoint") is None and self.source.get("model_type") == SHIPPED_MODEL
 
     def segmenter(self, tiled: bool, **kwargs: Any) -> Segmenter:
         """Create a segmenter; `kwargs` are the options of its class."""
