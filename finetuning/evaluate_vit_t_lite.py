@@ -80,6 +80,12 @@ def read_data(folder: Path, names: set[str] | None) -> Iterator[tuple[str, np.nd
             yield path.stem, imageio.imread(path), read(label_path)
 
 
+def chosen_canvas(image: np.ndarray) -> int:
+    """The canvas that the package takes for an image without tiles."""
+    own = torch.load(WEIGHTS, weights_only=True, mmap=True)["settings"]["image_size"]
+    return choose_strategy("vit_t_lite", own, image.shape[:2], None).canvas
+
+
 class Model:
     """The network with a canvas of any size, plain or tiled."""
 
@@ -108,7 +114,7 @@ class Model:
             strategy = str(size)
         kind = {"ais": InstanceSegmentationWithDecoder, "apg": AutomaticPromptGenerator}[self.mode]
         if strategy == "auto":
-            size = choose_strategy("vit_t_lite", 512, image.shape[:2], None, mode=self.mode).canvas
+            size = chosen_canvas(image)
         else:
             size = int(strategy)
         segmenter = kind(*self.load(size))
@@ -223,7 +229,7 @@ def main() -> None:
     parser.add_argument("--task", default="ais", choices=("ais", "apg", "prompts"))
     parser.add_argument("--names", type=Path, help="text file with the image names to use; default: all")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--canvas", type=int, default=512, help="for prompts; that of the model as it is loaded is 512")
+    parser.add_argument("--canvas", type=int, help="for prompts; default: that of choose_strategy")
     parser.add_argument("--objects", type=int, default=25, help="for prompts: about so many objects per image")
     parser.add_argument("--strategy", default="auto", help="a canvas, auto, or tiled:CANVAS:TILE:HALO")
     parser.add_argument("--larger-than", type=int, default=0, help="only images with a longer side than this")
@@ -237,7 +243,8 @@ def main() -> None:
     pairs = itertools.chain.from_iterable(read_data(folder, names) for folder in args.data)
     if args.task == "prompts":
         print_prompt_table({
-            name: prompt_scores(model, image, truth, args.canvas, args.objects) for name, image, truth in pairs
+            name: prompt_scores(model, image, truth, args.canvas or chosen_canvas(image), args.objects)
+            for name, image, truth in pairs
         })
         return
     states, start = {}, time.perf_counter()

@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 
-def convert(state: dict[str, torch.Tensor], canvas: int) -> dict:
-    """Convert the weights of the training into a checkpoint with a complete SAM and a decoder."""
+def convert(state: dict[str, torch.Tensor], canvas: int, image_size: int) -> dict:
+    """Convert weights trained on a canvas into a checkpoint for one of `image_size`, with all of SAM and a decoder."""
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
@@ -24,6 +24,7 @@ def convert(state: dict[str, torch.Tensor], canvas: int) -> dict:
     for name in model_state:
         if name.startswith(("image_encoder.norm_head.", "image_encoder.head.")):
             model_state[name] = torch.zeros_like(model_state[name])
+    model_state[POSITIONS] = model_state[POSITIONS] * (image_size / canvas)  # the same positions in pixels
     decoder_state = {k: v for k, v in part("unetr.").items() if not k.startswith("encoder.")}
 
     def half(values):
@@ -36,7 +37,7 @@ def convert(state: dict[str, torch.Tensor], canvas: int) -> dict:
             "initial_features": decoder_state["out_conv.weight"].shape[1], "normalization": "running",
         },
         "settings": {
-            "name": "vit_t_lite", "model_type": "vit_t", "image_size": canvas, "scale_positions": True,
+            "name": "vit_t_lite", "model_type": "vit_t", "image_size": image_size, "scale_positions": True,
             "trained_parts": ["image_encoder", "prompt_encoder", "mask_decoder", "decoder"],
         },
     }
@@ -47,10 +48,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoints/checkpoints/vit_t_lite/best.pt")
     parser.add_argument("--output", type=Path, default=HERE.parent / "micro_sam/models/weights/vit_t_lite.pt")
     parser.add_argument("--canvas", type=int, default=1024, help="the one of the training")
+    parser.add_argument("--image-size", type=int, help="canvas that the model is loaded with; default: --canvas")
     args = parser.parse_args()
 
     saved = torch.load(args.checkpoint, map_location="cpu", weights_only=False)  # our own file of the training run
-    checkpoint = convert(saved["average_state"], args.canvas)
+    checkpoint = convert(saved["average_state"], args.canvas, args.image_size or args.canvas)
     checkpoint["settings"]["iterations"] = saved["iteration"]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, args.output)

@@ -10,15 +10,17 @@ import torch
 from embedding_helpers import one_thread, small_predictor  # noqa: F401
 from scipy import ndimage
 
+from micro_sam import segment
 from micro_sam.annotation.automatic import AutomaticSource, AutoSettings, advice
 from micro_sam.annotation.embedding_source import EmbeddingSource
 from micro_sam.annotation.geometry import AnnotationImage
 from micro_sam.core.errors import DecoderMissingError, InvalidInputError, OutputWriteError
+from micro_sam.core.labels import relabel_consecutive
 from micro_sam.core.progress import Step, drain
 from micro_sam.segmentation import ais
 from micro_sam.segmentation.amg import AutomaticMaskGenerator
 from micro_sam.segmentation.apg import AutomaticPromptGenerator
-from micro_sam.segmentation.workflow import LoadedModel
+from micro_sam.segmentation.workflow import LoadedModel, load_model
 
 SHAPE = (64, 80)
 TILES = {"tile_shape": (48, 48), "halo": (8, 8)}
@@ -247,6 +249,17 @@ def test_prompts_from_the_decoder(model, decoded, cells_image, tiles):
     for name, value in {"nms_threshold": 0.999, "min_size": 9000, "foreground_threshold": 0.99}.items():
         changed = run(source.segment_plane_steps(None, dataclasses.replace(settings, **{name: value})))
         assert not np.array_equal(changed, labels), name
+
+
+def test_the_shipped_model_segments_as_segment_does(cells_image):
+    image = np.ascontiguousarray(np.tile(cells_image, (2, 2))[:200, :300])
+    model = load_model("vit_t_lite", device="cpu").for_prompts(image.shape)
+    source = open_source(model, image)
+    for mode in ("ais", "apg"):
+        labels = run(source.segment_plane_steps(None, AutoSettings.for_model("vit_t_lite", mode)))
+        expected = segment(image, "vit_t_lite", mode, device="cpu")
+        assert expected.max() > 20
+        np.testing.assert_array_equal(labels, relabel_consecutive(expected))
 
 
 # What is kept

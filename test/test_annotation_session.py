@@ -402,7 +402,7 @@ def test_the_shipped_model_looks_at_small_images_on_a_canvas_that_suits_them(tmp
         stores[0].parent.mkdir()
         drain(precompute_steps(own, LazyImage(image, "YX"), stores[1]))
         precompute_image_embeddings(own.predictor, image, stores[2], ndim=2, verbose=False)
-        for store, canvas, found in zip(stores, (256, 256, 512), ious):
+        for store, canvas, found in zip(stores, (256, 256, 640), ious):
             session = AnnotationSession(AnnotationImage.create(image, mode="2d"), mode="2d")
             session.run(tasks.open_model(session, SHIPPED_MODEL, device="cpu", save_path=str(store)))
             assert (session.model.canvas, stored_canvas(store)) == (canvas, canvas)

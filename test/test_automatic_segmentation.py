@@ -27,6 +27,7 @@ from micro_sam.core.errors import (
 from micro_sam.core.image import LazyImage
 from micro_sam.core.output import read_record
 from micro_sam.core.progress import drain
+from micro_sam.embeddings.encode import precompute_image_embeddings
 from micro_sam.embeddings.store import stored_canvas
 from micro_sam.models import registry
 from micro_sam.models.specs import SHIPPED_MODEL
@@ -87,20 +88,13 @@ def test_tiled_one_liner_is_the_tiled_segmenter(cells_image, tiled_ais, tiny_che
         ((1024, 1025), (384, 384), Strategy(640, (384, 384), (48, 48), "image")),
         ((256, 200), "auto", Strategy(640, normalization="image")),
         ((100, 61), "auto", Strategy(256, normalization="image")),
+        ((64, 50), "auto", Strategy(192, normalization="image")),
         ((20, 30), "auto", Strategy(128, normalization="image")),
         ((300, 513), (64, 64), Strategy(192, (64, 64), (8, 8), "image")),
     ],
 )
 def test_strategy_of_the_shipped_model(shape, tile_shape, expected):
-    assert choose_strategy(SHIPPED_MODEL, 512, shape, tile_shape) == expected
-
-
-@pytest.mark.parametrize(("shape", "canvas", "tile"), [((100, 61), 256, None), ((1024, 1024), 512, None),
-                                                       ((900, 1025), 512, (384, 384))])
-@pytest.mark.parametrize("mode", ["apg", "amg"])
-def test_prompts_of_the_shipped_model_never_get_a_larger_canvas(mode, shape, canvas, tile):
-    strategy = choose_strategy(SHIPPED_MODEL, 512, shape, mode=mode)
-    assert (strategy.canvas, strategy.tile_shape, strategy.normalization) == (canvas, tile, "tile")
+    assert choose_strategy(SHIPPED_MODEL, 640, shape, tile_shape) == expected
 
 
 def test_strategy_of_other_models():
@@ -115,7 +109,7 @@ def test_shipped_model_with_another_canvas(rgb_image):
     """The canvas grows with the image; the weights are those of the same file."""
     model = workflow.load_model(SHIPPED_MODEL, device="cpu")
     plan = workflow.plan_image(model, (600, 400), "auto", None, {}, SHIPPED_MODEL)
-    assert (model.canvas, plan.model.canvas) == (512, 1024)
+    assert (model.canvas, plan.model.canvas) == (640, 1024)
     assert plan.model.predictor._hash == model.predictor._hash
     assert workflow.plan_image(model, (600, 600), "auto", None, {}, SHIPPED_MODEL).model is plan.model
     labels = segment(rgb_image, SHIPPED_MODEL, device="cpu")
@@ -123,17 +117,21 @@ def test_shipped_model_with_another_canvas(rgb_image):
 
 
 def test_embeddings_that_are_there_are_used_with_their_canvas(cells_image, tmp_path):
-    """Those computed ahead of time are for prompts, which have another canvas."""
-    image, store = np.tile(cells_image, (2, 2)), tmp_path / "e.zarr"
+    """Those computed with the library have the canvas of the model, small images another one."""
+    store = tmp_path / "e.zarr"
     model = workflow.load_model(SHIPPED_MODEL, device="cpu", mode="ais")
-    drain(precompute_steps(model, LazyImage(image, "YX"), store), verbose=False)
-    labels = segment(image, SHIPPED_MODEL, "ais", device="cpu", embedding_path=store)
-    assert stored_canvas(store) == model.canvas == 512
+    precompute_image_embeddings(model.predictor, cells_image, store, ndim=2, verbose=False)
+    labels = segment(cells_image, SHIPPED_MODEL, "ais", device="cpu", embedding_path=store)
+    assert stored_canvas(store) == model.canvas == 640
     segmenter = model.segmenter(False)
-    segmenter.initialize(image)
+    segmenter.initialize(cells_image)
     np.testing.assert_array_equal(labels, segmenter.generate(**workflow.default_options(SHIPPED_MODEL, "ais")))
-    segment(image, SHIPPED_MODEL, "ais", device="cpu", embedding_path=tmp_path / "new.zarr")
-    assert stored_canvas(tmp_path / "new.zarr") == 640
+    segment(cells_image, SHIPPED_MODEL, "ais", device="cpu", embedding_path=tmp_path / "new.zarr")
+    assert stored_canvas(tmp_path / "new.zarr") == 384
+
+    # Those computed ahead of time with the command are those of `segment`.
+    drain(precompute_steps(model, LazyImage(cells_image, "YX"), tmp_path / "ahead.zarr"), verbose=False)
+    assert stored_canvas(tmp_path / "ahead.zarr") == 384
 
 
 def test_large_image_is_tiled_by_itself(cells_image, tiny_checkpoint):
@@ -154,11 +152,11 @@ def test_default_model(monkeypatch, tmp_path):
     assert workflow.default_model() == "vit_b_lm"
 
 
-@pytest.mark.parametrize(("mode", "canvas"), [("ais", 1024), ("apg", 512), ("amg", 512)])
-def test_prompts_of_the_shipped_model_stay_on_its_canvas(mode, canvas):
+@pytest.mark.parametrize("mode", ["ais", "apg", "amg"])
+def test_prompts_and_decoder_of_the_shipped_model_share_a_canvas(mode):
     model = workflow.load_model("vit_t_lite", None, "cpu", mode=mode)
     plan = workflow.plan_image(model, (520, 696), "auto", None, {}, "vit_t_lite")
-    assert plan.model.canvas == canvas
+    assert plan.model.canvas == model.for_prompts((520, 696)).canvas == 1024
     assert plan.work["tile_shape"] is None
 
 

@@ -31,7 +31,7 @@ def open_annotator(monkeypatch, tmp_path, load_lite):
 
     monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        "micro_sam.segmentation.workflow.load_model", lambda *args, image_size=512, **kwargs: load_lite(image_size)
+        "micro_sam.segmentation.workflow.load_model", lambda *args, image_size=640, **kwargs: load_lite(image_size)
     )
     opened = []
 

@@ -244,7 +244,7 @@ def test_checkpoint_of_encoder_and_decoder_alone(tiny_sam, tiny_decoder_state, s
 def test_shipped_model_is_complete_and_honours_its_settings():
     predictor, decoder = get_predictor_and_decoder("vit_t_lite", device="cpu")
     assert (predictor.model_type, predictor.model_name) == ("vit_t", "vit_t_lite")
-    assert predictor.model.image_encoder.img_size == decoder.img_size == 512
+    assert predictor.model.image_encoder.img_size == decoder.img_size == 640
     assert decoder.normalization == "running"
     assert {v.dtype for v in [*predictor.model.parameters(), *decoder.parameters()]} == {torch.float32}
     assert get_sam_model("vit_t_lite", "cpu", image_size=1024).model.image_encoder.img_size == 1024

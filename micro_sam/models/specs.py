@@ -219,7 +219,7 @@ MODELS: tuple[ModelSpec, ...] = (
               "radiology and other medical images", decoder_in_gui=False),
     ModelSpec(
         name=SHIPPED_MODEL, family=FAMILY_LABELS["_lite"], architecture="vit_t", modes=_DECODER,
-        image_size=512,
+        image_size=640,
         purpose="nuclei in fluorescence and stained tissue, cells in phase contrast; comes with the package, works "
         "offline",
         resource="models/weights/vit_t_lite.pt", licence="MIT",
