@@ -76,7 +76,7 @@ def choose_strategy(
     are cut into tiles, which are all normalised alike. In held-out images of more than 512 pixels masks from a box have
     an IoU of 0.88 with 1024 and 0.81 with 512; the decoder's accuracy (mSA) in those of 520 x 696 is 0.66 with 1024,
     0.48 with 512, and 0.57 with tiles of 384 pixels seen at full resolution. It does not know objects as large as those
-    in small images that fill its canvas, so these get one of 2.5 times their size: of 1.5, 2, 2.5 and 3.25, that has
+    in small images that fill its canvas, so these get one of 2.5 times their size: of 2, 2.5 and 3.25, that has
     the best masks in pieces of 64 to 180 pixels of held-out images.
     Other models keep their canvas; they were trained with shrunk images, so tiles start at twice the canvas.
 
