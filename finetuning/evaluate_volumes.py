@@ -26,7 +26,7 @@ from micro_sam.segmentation.workflow import load_model
 
 # Those of the annotator, see `propagate_objects`.
 FOLLOW = {
-    "projection": "box", "box_extension": 0.05, "iou_threshold": 0.5, "max_area_change": 1.75, "max_drift": 0.5,
+    "projection": "points", "box_extension": 0.05, "iou_threshold": 0.5, "max_area_change": 1.75, "max_drift": 0.5,
 }
 
 

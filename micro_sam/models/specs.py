@@ -79,8 +79,10 @@ MODEL_SETTINGS: Mapping[str, ModelSettings] = MappingProxyType({
     "vit_b_em_organelles": ModelSettings(0.3, 0.4, 1.2, 0.75, 0.75, "single_point", 0.6),
     "vit_l_em_organelles": ModelSettings(0.3, 0.4, 1.2, 0.8, 0.8, "single_point", 0.6),
     "vit_h_em_organelles": ModelSettings(0.3, 0.4, 1.2, 0.8, 0.8, "single_point", 0.6),
-    # Chosen on held-out images of the train split, see the model card.
-    "vit_t_lite": ModelSettings(0.6, 0.6, 1.0, 0.7, 0.8, box_extension=None, min_size=25, min_object_size=None),
+    # Chosen on held-out images of the train split, see the model card; the projection as its masks fill any box.
+    "vit_t_lite": ModelSettings(
+        0.6, 0.6, 1.0, 0.7, 0.8, "points", box_extension=None, min_size=25, min_object_size=None
+    ),
 })
 
 
