@@ -31,6 +31,7 @@ from micro_sam.core.normalize import to_image
 from micro_sam.embeddings.encode import precompute_image_embeddings
 from micro_sam.models.loading import get_predictor_and_decoder
 from micro_sam.models.mask_decoder import predict_low_res
+from micro_sam.models.registry import find_spec
 from micro_sam.prompt_generators import IterativePromptGenerator, PointAndBoxPromptGenerator
 from micro_sam.segmentation.ais import InstanceSegmentationWithDecoder, TiledInstanceSegmentationWithDecoder
 from micro_sam.segmentation.apg import AutomaticPromptGenerator
@@ -82,8 +83,7 @@ def read_data(folder: Path, names: set[str] | None) -> Iterator[tuple[str, np.nd
 
 def chosen_canvas(image: np.ndarray) -> int:
     """The canvas that the package takes for an image without tiles."""
-    own = torch.load(WEIGHTS, weights_only=True, mmap=True)["settings"]["image_size"]
-    return choose_strategy("vit_t_lite", own, image.shape[:2], None).canvas
+    return choose_strategy("vit_t_lite", find_spec("vit_t_lite").image_size, image.shape[:2], None).canvas
 
 
 class Model:

@@ -54,7 +54,6 @@ DEFAULT_ZOOM_RANGE = (0.65, 1.35)
 # Some crops are drawn from this range instead: prompts come at any scale, also from small images of large objects.
 ANY_ZOOM_RANGE, ANY_ZOOM_SHARE = (0.4, 3.5), 0.2
 PROMPTS_ONLY = ("ec",)
-POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 
 class Lite(torch.nn.Module):
@@ -111,10 +110,11 @@ def load_weights(model: Lite, path: Path, with_prompts: bool) -> None:
     saved = torch.load(path, weights_only=True)
     state = {k: v.float() for k, v in saved["model_state"].items()}
     if with_prompts:
-        state[POSITIONS] *= model.canvas / saved["settings"]["image_size"]  # the same positions in pixels
         unknown = model.sam.sam.load_state_dict(state, strict=False).unexpected_keys
         if unknown:
             raise SystemExit(f"{path} does not fit: {unknown}. Weights of prompt maps need --prompt-maps.")
+        positions = model.sam.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+        positions *= model.canvas / saved["settings"]["image_size"]  # the same positions in pixels
     else:
         encoder = {k[14:]: v for k, v in state.items() if k.startswith("image_encoder.")}
         model.sam.sam.image_encoder.load_state_dict(encoder)

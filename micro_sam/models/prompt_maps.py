@@ -61,6 +61,9 @@ class MapPromptEncoder(PromptEncoder):
     """SAM's prompt encoder, which adds an embedding of drawn prompts to that of the mask prompt.
 
     The embedding starts at zero, so that with SAM's weights its results are those of SAM.
+
+    Args:
+        arguments: Those of segment_anything's `PromptEncoder`.
     """
 
     def __init__(self, **arguments):
